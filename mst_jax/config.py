@@ -1,0 +1,426 @@
+"""Configuration: frozen dataclasses, model presets, and HF `config.json`.
+
+A recipe (configs/*.py) returns a `Config`. Everything that can be wrong is checked in
+`__post_init__`, before anything is compiled, read or downloaded. Defaults live here and
+nowhere else.
+"""
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Remat = Literal["full", "save_attention", "none"]
+
+
+def _positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{type(owner).__name__}.{name}={value} must be positive")
+
+
+def _one_of(owner: object, name: str, options: tuple[str, ...]) -> None:
+    value = getattr(owner, name)
+    if value not in options:
+        close = difflib.get_close_matches(str(value), options, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"{type(owner).__name__}.{name}={value!r} is not one of {options}{hint}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding, with the scalings of HF `rope_parameters`."""
+
+    theta: float = 10000.0
+    """Base of the frequencies."""
+    type: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
+    """Scaling of the frequencies for lengths beyond the pre-training length."""
+    factor: float = 1.0
+    """How much longer than `original_max_position` sequences may be."""
+    original_max_position: int = 8192
+    """Sequence length in tokens of the pre-training, before scaling."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original / this are scaled by `factor`."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original / this stay as they are."""
+    beta_fast: float = 32.0
+    """yarn: rotations above which a frequency stays as it is."""
+    beta_slow: float = 1.0
+    """yarn: rotations below which a frequency is interpolated."""
+    attention_factor: float | None = None
+    """yarn: scale of cos and sin; None takes 0.1 ln(factor) + 1."""
+
+    def __post_init__(self):
+        _positive(self, "theta", "factor", "original_max_position")
+        _one_of(self, "type", ("default", "linear", "dynamic", "yarn", "llama3"))
+        if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"RopeConfig.high_freq_factor={self.high_freq_factor} must be larger "
+                f"than low_freq_factor={self.low_freq_factor}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a Llama-class decoder. The letters are the package's shape legend."""
+
+    vocab_size: int = 256
+    """V, entries of the vocabulary."""
+    hidden_size: int = 256
+    """D, width of the residual stream."""
+    intermediate_size: int = 768
+    """F, width of the MLP."""
+    num_layers: int = 4
+    """L, decoder layers."""
+    num_heads: int = 4
+    """N, query heads."""
+    num_kv_heads: int = 2
+    """K, key/value heads; divides N."""
+    head_dim: int | None = None
+    """H, size of a head; None is D / N."""
+    rms_norm_eps: float = 1e-5
+    """Epsilon of the RMS norms."""
+    tie_embeddings: bool = False
+    """Whether the LM head is the transposed embedding."""
+    sliding_window: int | None = None
+    """Tokens that a query sees, itself included; None is all before it."""
+    initializer_range: float = 0.02
+    """Standard deviation of fresh weights."""
+    max_position: int = 131072
+    """Longest sequence the checkpoint claims to handle, in tokens."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """Rotary position embedding."""
+
+    def __post_init__(self):
+        _positive(
+            self, "vocab_size", "hidden_size", "intermediate_size", "num_layers",
+            "num_heads", "num_kv_heads", "head_dim", "sliding_window",
+            "rms_norm_eps", "max_position",
+        )  # fmt: skip
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"ModelConfig.num_kv_heads={self.num_kv_heads} must divide "
+                f"num_heads={self.num_heads}"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"ModelConfig.hidden_size={self.hidden_size} is no multiple of "
+                f"num_heads={self.num_heads}; set head_dim"
+            )
+        if self.head_size % 2:
+            raise ValueError(f"ModelConfig: head_dim={self.head_size} must be even")
+
+    @property
+    def head_size(self) -> int:
+        """H, the size of a head."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters."""
+        D, F, H = self.hidden_size, self.intermediate_size, self.head_size
+        attention = 2 * D * H * (self.num_heads + self.num_kv_heads)
+        head = 0 if self.tie_embeddings else D * self.vocab_size
+        layer = attention + 3 * D * F + 2 * D
+        return self.vocab_size * D + head + self.num_layers * layer + D
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Forward + backward FLOPs a token, causal attention, nothing recomputed."""
+        embedding = self.vocab_size * self.hidden_size
+        matmul = self.num_params - (0 if self.tie_embeddings else embedding)
+        seen = min(seq_len / 2, self.sliding_window or seq_len)
+        attention = 4 * self.num_layers * self.num_heads * self.head_size * seen
+        return 6 * matmul + 3 * attention
+
+
+_LLAMA3_ROPE = dict(theta=500000.0, original_max_position=8192)
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(),
+    "llama2_7b": ModelConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_layers=32,
+        num_heads=32, num_kv_heads=32, max_position=4096,
+        rope=RopeConfig(original_max_position=4096),
+    ),
+    "llama3_8b": ModelConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32,
+        num_heads=32, num_kv_heads=8, max_position=8192,
+        rope=RopeConfig(**_LLAMA3_ROPE),
+    ),
+    "llama32_1b": ModelConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_layers=16,
+        num_heads=32, num_kv_heads=8, head_dim=64, tie_embeddings=True,
+        rope=RopeConfig(type="llama3", factor=32.0, **_LLAMA3_ROPE),
+    ),
+}  # fmt: skip
+
+
+def model_config_from_hf(hf: dict[str, Any] | str | Path) -> ModelConfig:
+    """Read a Llama `ModelConfig` from HF `config.json`.
+
+    Args:
+        hf: the parsed dictionary, the file, or the directory that holds it.
+
+    Raises:
+        ValueError: another architecture, a bias, an activation other than SiLU, or a
+            RoPE scaling this package does not have.
+        FileNotFoundError: no such file.
+    """
+    if not isinstance(hf, dict):
+        path = Path(hf)
+        path = path / "config.json" if path.is_dir() else path
+        hf = json.loads(path.read_text())
+    if hf.get("model_type") != "llama":
+        raise ValueError(f"model_type={hf.get('model_type')!r}: only 'llama' is known")
+    for name in ("attention_bias", "mlp_bias"):
+        if hf.get(name):
+            raise ValueError(f"config.json has {name}=true: biases are not supported")
+    if hf.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act={hf['hidden_act']!r}: only 'silu' is supported")
+    return ModelConfig(
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["hidden_size"],
+        intermediate_size=hf["intermediate_size"],
+        num_layers=hf["num_hidden_layers"],
+        num_heads=hf["num_attention_heads"],
+        num_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        head_dim=hf.get("head_dim"),
+        rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+        initializer_range=hf.get("initializer_range", 0.02),
+        max_position=hf.get("max_position_embeddings", 2048),
+        rope=_rope_from_hf(hf),
+    )
+
+
+def _rope_from_hf(hf: dict[str, Any]) -> RopeConfig:
+    # transformers 5 writes rope_parameters (theta inside); 4 wrote rope_scaling.
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    known = ("default", "linear", "dynamic", "yarn", "llama3")
+    if kind not in known:
+        raise ValueError(f"rope_type={kind!r} is not one of {known}")
+    position = hf.get("max_position_embeddings", 2048)
+    optional = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+    return RopeConfig(
+        theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
+        type=kind,
+        factor=rope.get("factor", 1.0),
+        original_max_position=rope.get("original_max_position_embeddings") or position,
+        attention_factor=rope.get("attention_factor"),
+        **{k: rope[k] for k in optional if rope.get(k) is not None},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the tokens come from. Held-out documents never reach training."""
+
+    source: str = "stdlib"
+    """'stdlib' (Python's own source files), or a path to .txt, .jsonl, .parquet, .npy,
+    or a directory of such files; 'hf:NAME' is a Hugging Face dataset."""
+    tokenizer: str = "bytes"
+    """'bytes' (V=256), or an HF tokenizer directory or hub id."""
+    text_field: str = "text"
+    """Field of the text in JSONL, Parquet and HF rows."""
+    seq_len: int = 512
+    """T, tokens of a sequence."""
+    batch_size: int = 4
+    """Sequences of one micro-batch, over all devices."""
+    packing: bool = True
+    """Pack documents into sequences with segment ids; False cuts long documents and
+    pads the last piece."""
+    holdout: float = 0.05
+    """Fraction of the documents held out for evaluation."""
+    seed: int = 0
+    """Seed of the shuffle."""
+    streaming: bool = False
+    """Stream an HF dataset instead of downloading it."""
+
+    def __post_init__(self):
+        _positive(self, "seq_len", "batch_size")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"DataConfig.holdout={self.holdout} must be in [0, 1)")
+        if self.streaming and not self.source.startswith("hf:"):
+            raise ValueError(
+                f"DataConfig.streaming needs source='hf:NAME', got {self.source!r}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer and schedule."""
+
+    name: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
+    """Optimizer."""
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warmup; cosine and linear end at `end_factor` of the peak."""
+    warmup_steps: int = 10
+    """Steps of linear warmup from 0."""
+    end_factor: float = 0.1
+    """Final learning rate over the peak."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; norms are not decayed."""
+    b1: float = 0.9
+    """First moment decay (adamw, lion); sgd: momentum is 0."""
+    b2: float = 0.95
+    """Second moment decay."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_norm: float | None = 1.0
+    """Clip gradients to this global norm; None does not clip."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """float32 masters cast to the compute dtype once a step; bfloat16 weights are
+    updated with stochastic rounding, since plain bf16 updates vanish."""
+
+    def __post_init__(self):
+        _positive(self, "learning_rate", "clip_norm")
+        _one_of(self, "name", ("adamw", "adafactor", "lion", "sgd"))
+        _one_of(self, "schedule", ("cosine", "linear", "constant"))
+        _one_of(self, "param_dtype", ("float32", "bfloat16"))
+        if self.warmup_steps < 0:
+            raise ValueError(f"OptimConfig.warmup_steps={self.warmup_steps} is negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices by axis; both split the batch, `fsdp` also splits the parameters."""
+
+    data: int = 1
+    """Replicas."""
+    fsdp: int = 1
+    """Shards of every parameter."""
+
+    def __post_init__(self):
+        _positive(self, "data", "fsdp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run."""
+
+    steps: int = 100
+    """Optimizer steps."""
+    accumulate: int = 1
+    """Micro-batches a step; every valid token weighs the same."""
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of activations and of the weights in matrix products."""
+    remat: Remat = "save_attention"
+    """Residuals of a layer: 'full' saves its input and recomputes the rest,
+    'save_attention' also saves attention's output, 'none' recomputes only chunks."""
+    mlp_chunk_size: int | None = None
+    """Tokens of an MLP chunk; None picks from a byte budget, 0 does not chunk."""
+    loss_chunk_size: int | None = None
+    """Tokens of an LM-head chunk; None picks from a byte budget."""
+    eval_every: int = 50
+    """Steps between evaluations; the last step is always evaluated."""
+    eval_batches: int = 4
+    """Batches of an evaluation."""
+    save_every: int = 50
+    """Steps between checkpoints; the last step is always saved, 0 never saves."""
+    keep: int = 2
+    """Checkpoints that are kept."""
+    log_every: int = 1
+    """Steps between metric lines; a log waits for the device."""
+    seed: int = 0
+    """Seed of fresh weights and of stochastic rounding."""
+
+    def __post_init__(self):
+        _positive(self, "steps", "accumulate", "eval_every", "eval_batches", "keep")
+        _positive(self, "loss_chunk_size", "log_every")
+        _one_of(self, "compute_dtype", ("float32", "bfloat16"))
+        _one_of(self, "remat", ("full", "save_attention", "none"))
+        for name in ("mlp_chunk_size", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"TrainConfig.{name}={value} is negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run: what a recipe returns and what a checkpoint stores."""
+
+    model: ModelConfig | None = None
+    """Shape of a fresh model; None reads it from `init_from`."""
+    init_from: str | None = None
+    """HF directory or hub id to start from; None starts from fresh weights."""
+    out_dir: str = "runs/default"
+    """Directory of checkpoints, metrics and plots. A run that finds its own
+    checkpoints there resumes."""
+    profile: bool = False
+    """Write a profiler trace of three steps to out_dir/profile."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Data."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Devices."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The run."""
+
+    def __post_init__(self):
+        if self.model is None and self.init_from is None:
+            raise ValueError("Config needs a model or init_from (an HF checkpoint)")
+        if self.model is not None and self.init_from is not None:
+            raise ValueError(
+                f"Config has both a model and init_from={self.init_from!r}: the shape "
+                "comes from the checkpoint, leave model None"
+            )
+        shards = self.mesh.data * self.mesh.fsdp
+        if self.data.batch_size % shards:
+            raise ValueError(
+                f"DataConfig.batch_size={self.data.batch_size} must be a multiple of "
+                f"mesh.data * mesh.fsdp = {shards}"
+            )
+        if self.optim.warmup_steps >= self.train.steps > 1:
+            raise ValueError(
+                f"OptimConfig.warmup_steps={self.optim.warmup_steps} must be below "
+                f"TrainConfig.steps={self.train.steps}"
+            )
+        if self.model is not None and self.data.tokenizer == "bytes":
+            if self.model.vocab_size < 256:
+                raise ValueError(
+                    f"ModelConfig.vocab_size={self.model.vocab_size} is below the 256 "
+                    "of tokenizer='bytes'"
+                )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a (nested) config as plain JSON-ready dictionaries."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Build a `Config` from nested dictionaries.
+
+    Raises:
+        ValueError: an unknown key, with the closest known one.
+    """
+    return _build(Config, values, "config")
+
+
+_NESTED = {
+    "model": ModelConfig, "rope": RopeConfig, "data": DataConfig,
+    "optim": OptimConfig, "mesh": MeshConfig, "train": TrainConfig,
+}  # fmt: skip
+
+
+def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in names:
+            close = difflib.get_close_matches(key, names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {names}"
+            raise ValueError(f"unknown key {where}.{key}{hint}")
+    return cls(**{
+        k: _build(_NESTED[k], v, f"{where}.{k}")
+        if k in _NESTED and isinstance(v, dict)
+        else v
+        for k, v in values.items()
+    })  # fmt: skip
