@@ -285,7 +285,9 @@ class OptimConfig:
         _one_of(self, "schedule", ("cosine", "linear", "constant"))
         _one_of(self, "param_dtype", ("float32", "bfloat16"))
         if self.warmup_steps < 0:
-            raise ValueError(f"OptimConfig.warmup_steps={self.warmup_steps} is negative")
+            raise ValueError(
+                f"OptimConfig.warmup_steps={self.warmup_steps} is negative"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,214 @@
+"""linear_cross_entropy against plain f32 log-softmax: every option, any length."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mst_jax import linear_cross_entropy, token_log_probs
+
+D, V = 16, 50
+
+
+def make(T, B=3, masked="some", dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(T), 4)
+    x = jax.random.normal(keys[0], (B, T, D)).astype(dtype)
+    w = (jax.random.normal(keys[1], (D, V)) / 4).astype(dtype)
+    y = jax.random.randint(keys[2], (B, T), 0, V)
+    if masked == "some":
+        y = jnp.where(jax.random.bernoulli(keys[3], 0.3, (B, T)), -100, y)
+    elif masked == "chunk":
+        y = y.at[:, :64].set(-100)
+    elif masked == "all":
+        y = jnp.full_like(y, -100)
+    return x, w, y
+
+
+def plain(x, w, y, weights=None, z_loss=0.0, logit_softcap=None, label_smoothing=0.0):
+    logits = x.astype(jnp.float32) @ w.astype(jnp.float32)
+    if logit_softcap:
+        logits = logit_softcap * jnp.tanh(logits / logit_softcap)
+    lse = jax.nn.logsumexp(logits, -1)
+    s = label_smoothing
+    target = (1 - s) * jax.nn.one_hot(y, V) + s / V
+    loss = lse - (target * logits).sum(-1) + z_loss * lse**2
+    keep = (y != -100) * (1.0 if weights is None else weights)
+    return (loss * keep).sum(), keep.sum()
+
+
+def close(a, b, tolerance=1e-5):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b) + 1e-6
+
+
+@pytest.mark.parametrize("T", [1, 40, 63, 64, 127, 191, 256, 257, 300])
+@pytest.mark.parametrize("chunk_size", [64, 100, None])
+@pytest.mark.parametrize("masked", ["none", "some", "chunk", "all"])
+def test_value_and_gradients(T, chunk_size, masked):
+    x, w, y = make(T, masked=masked)
+
+    def ours(x, w):
+        return linear_cross_entropy(x, w, y, chunk_size=chunk_size)
+
+    (total, count), grads = jax.value_and_grad(
+        lambda x, w: (lambda t, c: (3 * t, c))(*ours(x, w)), (0, 1), has_aux=True
+    )(x, w)
+    (want, want_count), want_grads = jax.value_and_grad(
+        lambda x, w: (lambda t, c: (3 * t, c))(*plain(x, w, y)), (0, 1), has_aux=True
+    )(x, w)
+    close(total, want)
+    assert count == want_count
+    jax.tree.map(close, grads, want_grads)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"z_loss": 1e-2},
+        {"logit_softcap": 2.0},
+        {"label_smoothing": 0.1},
+        {"z_loss": 1e-2, "logit_softcap": 2.0, "label_smoothing": 0.2},
+    ],
+)
+def test_options(options):
+    x, w, y = make(100)
+    weights = jax.random.uniform(jax.random.key(9), y.shape)
+
+    def ours(x, w, weights):
+        return linear_cross_entropy(
+            x, w, y, chunk_size=32, token_weights=weights, **options
+        )[0]
+
+    got = jax.value_and_grad(ours, (0, 1, 2))(x, w, weights)
+    want = jax.value_and_grad(
+        lambda *a: plain(*a[:2], y, a[2], **options)[0], (0, 1, 2)
+    )(x, w, weights)
+    jax.tree.map(close, got, want)
+
+
+def test_all_masked_is_zero_not_nan():
+    x, w, y = make(100, masked="all")
+    (total, count), vjp = jax.vjp(
+        lambda x, w: linear_cross_entropy(x, w, y, chunk_size=32), x, w
+    )
+    assert total == 0 and count == 0
+    assert all((g == 0).all() for g in vjp((jnp.float32(1), jnp.float32(0))))
+
+
+def test_tail_of_the_sequence_counts():
+    # The original drops the last T % M positions.
+    x, w, y = make(300, B=1, masked="none")
+    assert linear_cross_entropy(x, w, y, chunk_size=257)[1] == 300
+
+
+def test_tied_head_gradient():
+    # The original is off by 70%: both uses of the embedding must add up.
+    _, _, y = make(40)
+    table = jax.random.normal(jax.random.key(1), (V, D)) / 4
+    ids = jnp.where(y == -100, 0, y)
+    got = jax.grad(lambda e: linear_cross_entropy(e[ids], e.T, y, chunk_size=7)[0])(
+        table
+    )
+    close(got, jax.grad(lambda e: plain(e[ids], e.T, y)[0])(table))
+
+
+def test_frozen_head_computes_no_weight_gradient():
+    x, w, y = make(256, B=1)
+
+    def dots(argnums):
+        def loss(x, w):
+            return linear_cross_entropy(x, w, y, chunk_size=64)[0]
+
+        return str(jax.make_jaxpr(jax.grad(loss, argnums))(x, w)).count("dot_general")
+
+    assert dots((0, 1)) == 3
+    assert dots(0) == 2
+    value = jax.make_jaxpr(lambda x: linear_cross_entropy(x, w, y, chunk_size=64))(x)
+    assert str(value).count("dot_general") == 1
+
+
+def test_weight_gradient_accumulates_in_f32():
+    x, w, y = make(4096, B=1, dtype=jnp.bfloat16)
+    want = jax.grad(lambda w: plain(x, w, y)[0])(w.astype(jnp.float32))
+
+    def error(chunk_size):
+        got = jax.grad(
+            lambda w: linear_cross_entropy(x, w, y, chunk_size=chunk_size)[0]
+        )(w)
+        diff = np.asarray(got, np.float64) - np.asarray(want, np.float64)
+        return np.linalg.norm(diff) / np.linalg.norm(want)
+
+    assert error(16) < 1.1 * error(4096) + 1e-4
+
+
+def test_large_logits_stay_finite():
+    x, w, y = make(40)
+    total, grads = jax.value_and_grad(
+        lambda x, w: linear_cross_entropy(x, w, y, chunk_size=7)[0], (0, 1)
+    )(1e4 * x, w)
+    assert np.isfinite(total) and all(np.isfinite(g).all() for g in grads)
+
+
+def test_label_outside_the_vocabulary_is_nan():
+    x, w, y = make(10, masked="none")
+    assert np.isnan(linear_cross_entropy(x, w, y.at[0, 3].set(V))[0])
+
+
+def test_token_log_probs():
+    x, w, y = make(100)
+    losses, log_probs = token_log_probs(x, w, y, chunk_size=33)
+    ids = jnp.where(y == -100, 0, y)
+    want = jnp.take_along_axis(jax.nn.log_softmax(x @ w), ids[..., None], -1)[..., 0]
+    want = jnp.where(y == -100, 0, want)
+    close(log_probs, want)
+    close(losses, -want)
+    got = jax.grad(lambda w: (token_log_probs(x, w, y, chunk_size=33)[1] ** 2).sum())(w)
+    ref = jax.grad(
+        lambda w: (
+            jnp.where(
+                y == -100,
+                0,
+                jnp.take_along_axis(jax.nn.log_softmax(x @ w), ids[..., None], -1)[
+                    ..., 0
+                ],
+            )
+            ** 2
+        ).sum()
+    )(w)
+    close(got, ref, 1e-4)
+
+
+def test_no_whole_logits_in_memory():
+    T, V = 4096, 1024
+    x, y = jnp.ones((1, T, D)), jnp.ones((1, T), int)
+    w = jnp.ones((D, V))
+
+    def temp(chunk_size):
+        def loss(x, w):
+            return linear_cross_entropy(x, w, y, chunk_size=chunk_size)[0]
+
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(x, w).compile()
+        return compiled.memory_analysis().temp_size_in_bytes, compiled.as_text()
+
+    small, text = temp(T // 16)
+    assert small < temp(T)[0] / 4
+    assert f"{T},{V}]" not in text
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
+        ({"logit_softcap": 0.0}, "logit_softcap=0.0"),
+        ({"chunk_size": -1}, "chunk_size=-1"),
+    ],
+)
+def test_bad_options(change, message):
+    x, w, y = make(10)
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(x, w, y, **change)
+
+
+def test_unknown_implementation():
+    with pytest.raises(NotImplementedError, match="cuda"):
+        linear_cross_entropy(*make(10), implementation="cuda")

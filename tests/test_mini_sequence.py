@@ -1,0 +1,147 @@
+"""mini_sequence equals the plain function, in values, gradients and less memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mst_jax import mini_sequence, mini_sequence_sum
+from mst_jax.mini_sequence import bytes_per_token, split_length
+
+D, F = 8, 24
+
+
+def mlp(params, x):
+    return jax.nn.silu(x @ params["gate"]) * (x @ params["up"]) @ params["down"]
+
+
+def make(T, B=2, dtype=jnp.float32, D=D, F=F):
+    keys = jax.random.split(jax.random.key(T), 5)
+    shapes = {"gate": (D, F), "up": (D, F), "down": (F, D)}
+    params = {
+        n: (jax.random.normal(k, s) / s[0] ** 0.5).astype(dtype)
+        for k, (n, s) in zip(keys, shapes.items(), strict=False)
+    }
+    x = jax.random.normal(keys[3], (B, T, D)).astype(dtype)
+    g = jax.random.normal(keys[4], (B, T, D)).astype(dtype)
+    return params, x, g
+
+
+def relative(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)
+
+
+@pytest.mark.parametrize("T", [1, 40, 63, 64, 127, 191, 257, 300])
+@pytest.mark.parametrize("chunk_size", [1, 64, 100, 1000, None])
+def test_equals_plain_function(T, chunk_size):
+    if chunk_size == 1 and T > 64:
+        chunk_size = 7
+    params, x, g = make(T)
+
+    def chunked(params, x):
+        return mini_sequence(mlp, params, x, chunk_size=chunk_size)
+
+    y, vjp = jax.vjp(chunked, params, x)
+    want, want_vjp = jax.vjp(mlp, params, x)
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (vjp(g), want_vjp(g))), strict=True):
+        assert a.shape == b.shape and relative(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+def test_pytrees_and_any_axis(axis):
+    x = {"a": jnp.arange(60.0).reshape(3, 4, 5), "b": jnp.ones((3, 4, 5))}
+
+    def fn(p, x):
+        return {"sum": x["a"] + p * x["b"], "twice": (2 * x["a"],)}
+
+    got = mini_sequence(fn, jnp.float32(3.0), x, chunk_size=2, axis=axis)
+    jax.tree.map(np.testing.assert_array_equal, got, fn(3.0, x))
+
+
+def test_pad_rows_leave_no_nan():
+    # x / |x| has no gradient at zero: rows that only fill up a chunk must be valid.
+    x = jax.random.normal(jax.random.key(0), (1, 5, 4))
+
+    def fn(p, x):
+        return p * x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+    grad = jax.grad(lambda p: mini_sequence(fn, p, x, chunk_size=3).sum())(jnp.ones(4))
+    assert np.isfinite(grad).all()
+
+
+def test_weight_gradients_accumulate_in_f32():
+    # The original accumulates in bf16: its error grows with the number of chunks.
+    params, x, g = make(2048, B=1, dtype=jnp.bfloat16, D=32, F=64)
+    f32 = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x, g))
+    want = jax.vjp(mlp, *f32[:2])[1](f32[2])[0]
+    plain = jax.vjp(mlp, params, x)[1](g)[0]
+
+    def error(chunk_size):
+        def chunked(p):
+            return mini_sequence(mlp, p, x, chunk_size=chunk_size)
+
+        return jax.tree.map(relative, jax.vjp(chunked, params)[1](g)[0], want)
+
+    for name, plain_error in jax.tree.map(relative, plain, want).items():
+        assert error(8)[name] < 1.1 * plain_error + 1e-4
+
+
+def test_memory_falls_with_the_chunk():
+    D, F, T = 64, 1024, 4096
+    params, x, _ = make(T, B=1, D=D, F=F)
+
+    def temp(chunk_size):
+        def loss(p, x):
+            return (mini_sequence(mlp, p, x, chunk_size=chunk_size) ** 2).sum()
+
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, x).compile()
+        assert chunk_size == T or f"f32[1,{T},{F}]" not in compiled.as_text()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    whole, half, eighth = temp(T), temp(T // 2), temp(T // 8)
+    assert whole > half > eighth
+    assert eighth < whole / 4
+
+
+def test_sum_over_ragged_chunks():
+    x = jax.random.normal(jax.random.key(0), (2, 300, 4))
+
+    def fn(w, x, valid):
+        y = jnp.where(valid[None, :], (x @ w) ** 2, 0)
+        return y.sum(), valid.sum()
+
+    w = jnp.ones(4)
+    total, count = mini_sequence_sum(fn, w, x, chunk_size=64)
+    assert count == 300
+    np.testing.assert_allclose(total, ((x @ w) ** 2).sum(), rtol=1e-5)
+    got = jax.grad(lambda w: mini_sequence_sum(fn, w, x, chunk_size=64)[0])(w)
+    want = jax.grad(lambda w: ((x @ w) ** 2).sum())(w)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_split_is_balanced():
+    assert split_length(300, 64) == (5, 60)
+    assert split_length(257, 256) == (2, 129)
+    assert split_length(1, 64) == (1, 1)
+
+
+def test_bytes_per_token_counts_the_wide_part():
+    params, x, _ = make(64)
+    assert bytes_per_token(mlp, params, x) >= 2 * 4 * (2 * F + D)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [({"chunk_size": 0}, "chunk_size=0"), ({"chunk_size": -3}, "chunk_size=-3")],
+)
+def test_bad_chunk_size(kwargs, message):
+    params, x, _ = make(4)
+    with pytest.raises(ValueError, match=message):
+        mini_sequence(mlp, params, x, **kwargs)
+
+
+def test_different_lengths_are_refused():
+    with pytest.raises(ValueError, match=r"\[3, 4\]"):
+        mini_sequence(lambda p, x: x, None, (jnp.ones((1, 3)), jnp.ones((1, 4))))
