@@ -1,0 +1,230 @@
+"""A Llama decoder in Flax NNX: tokens -> hidden states.
+
+    h = x + attention(norm(x));   y = h + mlp(norm(h))
+
+Layers are stacked on axis 0 and run by one scan. A layer's body is rematerialised: the
+residuals of a layer are its input, 2 D bytes a token in bf16, and with
+remat='save_attention' also attention's output and logsumexp, 2 D + 4 N more, which
+spares the recomputation of attention. The MLP runs on chunks: O(T F) -> O(C F).
+
+The LM head is not applied here: `loss.py` turns hidden states into a loss without ever
+holding the logits.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mst_jax.config import ModelConfig, Remat
+from mst_jax.mini_sequence import mini_sequence
+from mst_jax.ops.attention import attention
+from mst_jax.ops.attention.xla import RESIDUAL
+from mst_jax.ops.rms_norm import rms_norm
+from mst_jax.ops.rope import apply_rope, rope_tables
+from mst_jax.ops.swiglu import swiglu
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...], cfg: ModelConfig) -> nnx.Param:
+    return nnx.Param(cfg.initializer_range * jax.random.normal(key, shape))
+
+
+class RMSNorm(nnx.Module):
+    """scale [D]."""
+
+    def __init__(self, cfg: ModelConfig):
+        self.scale = nnx.Param(jnp.ones(cfg.hidden_size))
+        self.eps = cfg.rms_norm_eps
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return rms_norm(x, self.scale[...], eps=self.eps)
+
+
+class Attention(nnx.Module):
+    """wq [D, N H], wk and wv [D, K H], wo [N H, D]."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        D, H = cfg.hidden_size, cfg.head_size
+        self.wq = _normal(rngs.params(), (D, cfg.num_heads * H), cfg)
+        self.wk = _normal(rngs.params(), (D, cfg.num_kv_heads * H), cfg)
+        self.wv = _normal(rngs.params(), (D, cfg.num_kv_heads * H), cfg)
+        self.wo = _normal(rngs.params(), (cfg.num_heads * H, D), cfg)
+        self.head_size = H
+        self.sliding_window = cfg.sliding_window
+
+    def __call__(
+        self, x: Float[Array, "B T D"], rope: Any, segment_ids: Any, **options: Any
+    ) -> Float[Array, "B T D"]:
+        B, T, _ = x.shape
+        q, k, v = (
+            (x @ w[...]).reshape(B, T, -1, self.head_size)
+            for w in (self.wq, self.wk, self.wv)
+        )
+        out = attention(
+            apply_rope(q, *rope), apply_rope(k, *rope), v,
+            segment_ids=segment_ids, sliding_window=self.sliding_window, **options,
+        )  # fmt: skip
+        return out.reshape(B, T, -1) @ self.wo[...]
+
+
+class MLP(nnx.Module):
+    """w_gate and w_up [D, F], w_down [F, D]; runs on mini-sequences."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        D, F = cfg.hidden_size, cfg.intermediate_size
+        self.w_gate = _normal(rngs.params(), (D, F), cfg)
+        self.w_up = _normal(rngs.params(), (D, F), cfg)
+        self.w_down = _normal(rngs.params(), (F, D), cfg)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], *, chunk_size: int | None
+    ) -> Float[Array, "B T D"]:
+        """chunk_size: tokens of a chunk; None: by byte budget; 0: no chunks."""
+        weights = (self.w_gate[...], self.w_up[...], self.w_down[...])
+        if chunk_size == 0:
+            return swiglu(x, *weights)
+        return mini_sequence(
+            lambda w, x: swiglu(x, *w), weights, x, chunk_size=chunk_size
+        )
+
+
+class DecoderLayer(nnx.Module):
+    """attention_norm, attention, mlp_norm, mlp."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(cfg)
+        self.attention = Attention(cfg, rngs)
+        self.mlp_norm = RMSNorm(cfg)
+        self.mlp = MLP(cfg, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rope: Any,
+        segment_ids: Any,
+        *,
+        mlp_chunk_size: int | None = None,
+        implementation: str | None = None,
+    ) -> Float[Array, "B T D"]:
+        normed = self.attention_norm(x)
+        x = x + self.attention(normed, rope, segment_ids, implementation=implementation)
+        return x + self.mlp(self.mlp_norm(x), chunk_size=mlp_chunk_size)
+
+
+class Embedding(nnx.Module):
+    """embedding [V, D]."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        shape = (cfg.vocab_size, cfg.hidden_size)
+        self.embedding = _normal(rngs.params(), shape, cfg)
+
+
+class LMHead(nnx.Module):
+    """kernel [D, V]."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        self.kernel = _normal(rngs.params(), (cfg.hidden_size, cfg.vocab_size), cfg)
+
+
+class Llama(nnx.Module):
+    """embed, layers (stacked [L, ...]), final_norm, lm_head (unless tied)."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=cfg.num_layers)
+        @nnx.vmap
+        def layers(rngs: nnx.Rngs) -> DecoderLayer:
+            return DecoderLayer(cfg, rngs)
+
+        self.cfg = cfg
+        self.embed = Embedding(cfg, rngs)
+        self.layers = layers(rngs)
+        self.final_norm = RMSNorm(cfg)
+        if not cfg.tie_embeddings:
+            self.lm_head = LMHead(cfg, rngs)
+
+    def head_weight(self) -> Float[Array, "D V"]:
+        """Return the LM head; the transposed embedding when tied."""
+        if self.cfg.tie_embeddings:
+            return self.embed.embedding[...].T
+        return self.lm_head.kernel[...]
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        remat: Remat = "save_attention",
+        mlp_chunk_size: int | None = None,
+        implementation: str | None = None,
+        gather: Callable[[Any], Any] = lambda layer: layer,
+    ) -> Float[Array, "B T D"]:
+        """Return the hidden states after the final norm.
+
+        Args:
+            tokens: [B, T] ids.
+            positions: [B, T], restarting in each document; None is 0..T-1.
+            segment_ids: [B, T] documents of a packed row; None is one document.
+            remat: what a layer saves for the backward pass, see `TrainConfig`.
+            mlp_chunk_size: tokens of an MLP chunk; None by byte budget, 0 whole.
+            implementation: of attention, see `ops.attention`.
+            gather: applied to one layer's state before it is used (FSDP).
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        rope = rope_tables(self.cfg.rope, self.cfg.head_size, positions)
+        graph, state = nnx.split(self.layers)
+
+        def body(x, layer_state):
+            layer = nnx.merge(graph, gather(layer_state))
+            x = layer(
+                x, rope, segment_ids,
+                mlp_chunk_size=mlp_chunk_size, implementation=implementation,
+            )  # fmt: skip
+            return x, None
+
+        x = self.embed.embedding[...][tokens]
+        x, _ = jax.lax.scan(_rematerialise(body, remat), x, state)
+        return self.final_norm(x)
+
+
+def _rematerialise(body: Any, remat: Remat) -> Any:
+    checkpoint = partial(jax.checkpoint, prevent_cse=False)
+    if remat == "none":
+        return body
+    if remat == "full":
+        return checkpoint(body)
+    return checkpoint(body, policy=_is_attention)
+
+
+def _is_attention(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Whether to save: what XLA flash names, or what cuDNN's primitive returns."""
+    if primitive.name == "name":
+        return params["name"] == RESIDUAL
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
+def abstract_model(cfg: ModelConfig) -> tuple[Any, Any]:
+    """Return (graph definition, state of f32 shapes) without allocating."""
+    return nnx.split(nnx.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0))))
+
+
+def init_params(cfg: ModelConfig, seed: int) -> dict[str, Any]:
+    """Return fresh f32 parameters as a nested dict. Jit it to create them sharded."""
+    return to_params(nnx.split(Llama(cfg, rngs=nnx.Rngs(seed)))[1])
+
+
+def to_params(state: Any) -> dict[str, Any]:
+    """Return an NNX state as a nested dict of arrays."""
+    return nnx.to_pure_dict(state)
+
+
+def from_params(cfg: ModelConfig, params: dict[str, Any]) -> Llama:
+    """Return the model with these parameters, of any dtype, traced ones too."""
+    graph, state = abstract_model(cfg)
+    leaves = jax.tree.leaves(params)
+    return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), leaves))

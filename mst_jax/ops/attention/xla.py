@@ -1,0 +1,192 @@
+"""Flash attention in plain XLA: O(T) memory on any device.
+
+Queries and keys are cut into blocks; a block pair's scores live alone, with the
+running maximum and sum of the online softmax (arXiv 2205.14135). Block pairs that the
+masks leave empty are skipped: causal costs half, and packed documents or a window cost
+what their lengths cost. The backward pass keeps q, k, v, the output and the logsumexp,
+[B, T, N] in f32, and recomputes the scores block by block.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+BLOCK = 512
+"""Queries and keys of a block: 32 heads of scores in f32 are 32 MiB."""
+RESIDUAL = "attention"
+"""Name of the output and the logsumexp for checkpoint policies."""
+
+
+@dataclass(frozen=True)
+class _Mask:
+    length: int
+    block: int
+    causal: bool
+    window: int | None
+    softcap: float | None
+
+    def pairs(self, segments):
+        """Bool [M, M]: block pairs in which some query sees some key."""
+        start = jnp.arange(0, segments.shape[1], self.block)
+        last = start + self.block - 1
+        needed = jnp.broadcast_to(start[None] < self.length, (start.size, start.size))
+        if self.causal:
+            needed &= last[:, None] >= start[None]
+        if self.window:
+            needed &= start[:, None] - last[None] < self.window
+            needed &= start[None] - last[:, None] < self.window
+        blocks = segments.reshape(segments.shape[0], -1, self.block)
+        low, high = blocks.min(-1), blocks.max(-1)
+        overlap = (low[:, :, None] <= high[:, None]) & (
+            high[:, :, None] >= low[:, None]
+        )
+        return needed & overlap.any(0)
+
+    def scores(self, q, k, q_index, k_index, q_segment, k_segment):
+        """[B, K, G, Cq, Ck] masked scores in f32 of scaled queries."""
+        s = jnp.einsum("BKGQH,BKCH->BKGQC", q, k, preferred_element_type=jnp.float32)
+        if self.softcap:
+            s = self.softcap * jnp.tanh(s / self.softcap)
+        distance = q_index[:, None] - k_index[None]
+        mask = jnp.broadcast_to(k_index[None] < self.length, distance.shape)
+        if self.causal:
+            mask &= distance >= 0
+        if self.window:
+            mask &= (distance < self.window) & (distance > -self.window)
+        mask = mask & (q_segment[:, :, None] == k_segment[:, None])
+        return jnp.where(mask[:, None, None], s, -jnp.inf)
+
+
+def flash_attention(q, k, v, segment_ids, *, causal, window, softcap, block=BLOCK):
+    """q [B, T, N, H], k and v [B, T, K, H], segment_ids [B, T] or None -> like q."""
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    block = min(block, -(-T // 16) * 16)
+    pad = -T % block
+    segments = jnp.zeros((B, T), jnp.int32) if segment_ids is None else segment_ids
+    # Pad rows repeat the last segment, so that every row sees a key: itself.
+    segments = jnp.pad(segments, ((0, 0), (0, pad)), mode="edge")
+    q, k, v = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))) for a in (q, k, v))
+    q = q.reshape(B, T + pad, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k, v = (a.transpose(0, 2, 1, 3) for a in (k, v))
+    mask = _Mask(T, block, causal, window, softcap)
+    out = _flash(mask, q, k, v, segments)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T + pad, N, H)[:, :T]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _flash(mask, q, k, v, segments):
+    return _forward(mask, q, k, v, segments)[0]
+
+
+def _block(x, i, size, axis):
+    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
+
+
+def _ranges(needed):
+    """First and one past the last needed block of each row."""
+    first = jnp.argmax(needed, axis=1)
+    past = needed.shape[1] - jnp.argmax(needed[:, ::-1], axis=1)
+    return first, jnp.where(needed.any(1), past, first)
+
+
+def _forward(mask, q, k, v, segments):
+    C, H = mask.block, q.shape[-1]
+    first, past = _ranges(mask.pairs(segments))
+    index = jnp.arange(C)
+    scale = H**-0.5
+
+    def one_query_block(i):
+        q_i = (_block(q, i, C, 3).astype(jnp.float32) * scale).astype(q.dtype)
+        segment_i = _block(segments, i, C, 1)
+
+        def one_key_block(j, carry):
+            out, top, norm = carry
+            k_j, v_j = _block(k, j, C, 2), _block(v, j, C, 2)
+            segment_j = _block(segments, j, C, 1)
+            s = mask.scores(
+                q_i, k_j, i * C + index, j * C + index, segment_i, segment_j
+            )
+            new_top = jnp.maximum(top, s.max(-1))
+            # A row without a key so far has top = -inf; its sums stay zero.
+            safe = jnp.where(jnp.isneginf(new_top), 0, new_top)
+            p = jnp.exp(s - safe[..., None])
+            shrink = jnp.exp(top - safe)
+            out = out * shrink[..., None] + jnp.einsum(
+                "BKGQC,BKCH->BKGQH",
+                p.astype(v.dtype),
+                v_j,
+                preferred_element_type=jnp.float32,
+            )
+            return out, new_top, norm * shrink + p.sum(-1)
+
+        zeros = jnp.zeros(q_i.shape, jnp.float32)
+        carry = (zeros, jnp.full(q_i.shape[:-1], -jnp.inf), zeros[..., 0])
+        out, top, norm = jax.lax.fori_loop(first[i], past[i], one_key_block, carry)
+        return (out / norm[..., None]).astype(q.dtype), top + jnp.log(norm)
+
+    out, lse = jax.lax.map(one_query_block, jnp.arange(q.shape[3] // C))
+    out = jnp.moveaxis(out, 0, 3).reshape(q.shape)
+    lse = jnp.moveaxis(lse, 0, 3).reshape(q.shape[:-1])
+    return checkpoint_name(out, RESIDUAL), checkpoint_name(lse, RESIDUAL)
+
+
+def _flash_forward(mask, q, k, v, segments):
+    out, lse = _forward(mask, q, k, v, segments)
+    return out, (q, k, v, segments, out, lse)
+
+
+def _flash_backward(mask, residuals, d_out):
+    q, k, v, segments, out, lse = residuals
+    C, H = mask.block, q.shape[-1]
+    first, past = _ranges(mask.pairs(segments).T)
+    index = jnp.arange(C)
+    scale = H**-0.5
+    delta = jnp.einsum(
+        "BKGTH,BKGTH->BKGT", out, d_out, preferred_element_type=jnp.float32
+    )
+
+    def one_key_block(dq, j):
+        k_j, v_j = _block(k, j, C, 2), _block(v, j, C, 2)
+        segment_j = _block(segments, j, C, 1)
+
+        def one_query_block(i, carry):
+            dq, dk, dv = carry
+            q_i = (_block(q, i, C, 3).astype(jnp.float32) * scale).astype(q.dtype)
+            d_out_i = _block(d_out, i, C, 3)
+            s = mask.scores(
+                q_i, k_j, i * C + index, j * C + index,
+                _block(segments, i, C, 1), segment_j,
+            )  # fmt: skip
+            p = jnp.exp(s - _block(lse, i, C, 3)[..., None])
+            dv += _f32("BKGQC,BKGQH->BKCH", p.astype(v.dtype), d_out_i)
+            dp = _f32("BKGQH,BKCH->BKGQC", d_out_i, v_j)
+            ds = p * (dp - _block(delta, i, C, 3)[..., None])
+            if mask.softcap:
+                ds *= jnp.where(p > 0, 1 - (s / mask.softcap) ** 2, 0)
+            ds = ds.astype(q.dtype)
+            dk += _f32("BKGQC,BKGQH->BKCH", ds, q_i)
+            dq_i = _block(dq, i, C, 3) + _f32("BKGQC,BKCH->BKGQH", ds, k_j)
+            return jax.lax.dynamic_update_slice_in_dim(dq, dq_i, i * C, 3), dk, dv
+
+        zeros = jnp.zeros(k_j.shape, jnp.float32)
+        dq, dk, dv = jax.lax.fori_loop(
+            first[j], past[j], one_query_block, (dq, zeros, zeros)
+        )
+        return dq, (dk.astype(k.dtype), dv.astype(v.dtype))
+
+    dq, (dk, dv) = jax.lax.scan(
+        one_key_block, jnp.zeros(q.shape, jnp.float32), jnp.arange(k.shape[2] // C)
+    )
+    dk, dv = (jnp.moveaxis(a, 0, 2).reshape(k.shape) for a in (dk, dv))
+    return (dq * scale).astype(q.dtype), dk, dv, None
+
+
+def _f32(spec, a, b):
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
