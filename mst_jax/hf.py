@@ -1,0 +1,456 @@
+"""Llama weights to and from a Hugging Face directory, without torch.
+
+One table holds every name, read in both directions. HF stores a projection as
+[out, in], one tensor a layer; here it is [in, out], stacked on axis 0:
+
+    layers/mlp/w_up [L, D, F]  =  stack(model.layers.{layer}.mlp.up_proj.weight.T)
+
+HF's half-split RoPE is ours, so no row is permuted. Loading holds one stacked parameter
+on the host (of it, the shards of this host's devices), exporting one file.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax  # registers bfloat16 with numpy
+import numpy as np
+from huggingface_hub import snapshot_download
+from jax.sharding import Sharding, SingleDeviceSharding
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mst_jax.config import ModelConfig
+
+
+class _Name(NamedTuple):
+    path: str  # of the leaf in params
+    hf: str  # "{layer}" marks a parameter stacked on axis 0
+    shape: str  # in the letters of the legend; NH = N * H, KH = K * H
+    transposed: bool
+
+
+_ATTENTION, _MLP = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
+_NORM = "model.layers.{layer}."
+_TABLE = tuple(_Name(*row) for row in (
+    ("embed/embedding", "model.embed_tokens.weight", "V D", False),
+    ("layers/attention_norm/scale", _NORM + "input_layernorm.weight", "L D", False),
+    ("layers/attention/wq", _ATTENTION + "q_proj.weight", "L D NH", True),
+    ("layers/attention/wk", _ATTENTION + "k_proj.weight", "L D KH", True),
+    ("layers/attention/wv", _ATTENTION + "v_proj.weight", "L D KH", True),
+    ("layers/attention/wo", _ATTENTION + "o_proj.weight", "L NH D", True),
+    ("layers/mlp_norm/scale", _NORM + "post_attention_layernorm.weight", "L D", False),
+    ("layers/mlp/w_gate", _MLP + "gate_proj.weight", "L D F", True),
+    ("layers/mlp/w_up", _MLP + "up_proj.weight", "L D F", True),
+    ("layers/mlp/w_down", _MLP + "down_proj.weight", "L F D", True),
+    ("final_norm/scale", "model.norm.weight", "D", False),
+    ("lm_head/kernel", "lm_head.weight", "D V", True),
+))  # fmt: skip
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_ROWS = 64  # of one read: a tile of the transposed copy that stays in cache
+_TASK_ROWS = 1024  # of one thread's task
+_COPIED = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "tokenizer.model", "generation_config.json", "chat_template.jinja",
+)  # fmt: skip
+
+
+def _names(cfg: ModelConfig) -> Iterator[tuple[_Name, tuple[int, ...]]]:
+    """Yield the table's rows that `cfg` has, with the shapes of our leaves."""
+    H = cfg.head_size
+    sizes = dict(
+        L=cfg.num_layers, D=cfg.hidden_size, F=cfg.intermediate_size, V=cfg.vocab_size,
+        NH=cfg.num_heads * H, KH=cfg.num_kv_heads * H,
+    )  # fmt: skip
+    for name in _TABLE:
+        if not (cfg.tie_embeddings and name.path == "lm_head/kernel"):
+            yield name, tuple(sizes[letter] for letter in name.shape.split())
+
+
+def _tensors(cfg: ModelConfig) -> Iterator[tuple[str, _Name, int | None, tuple]]:
+    """Yield (HF name, row, layer or None, HF shape) of every tensor of `cfg`."""
+    for name, shape in _names(cfg):
+        stacked = "{layer}" in name.hf
+        hf_shape = shape[stacked:][:: -1 if name.transposed else 1]
+        for layer in range(shape[0]) if stacked else (None,):
+            yield name.hf.format(layer=layer), name, layer, hf_shape
+
+
+def _nest(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves:
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def _flatten(tree: Any, **kwargs: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, **kwargs)
+    keystr = jax.tree_util.keystr
+    return {keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def param_shapes(cfg: ModelConfig) -> dict[str, Any]:
+    """Return the shapes of the model's parameters, as params is nested."""
+    return _nest((name.path, shape) for name, shape in _names(cfg))
+
+
+def resolve(name_or_dir: str) -> Path:
+    """Return the local directory of a checkpoint, downloading a hub id.
+
+    Raises:
+        FileNotFoundError: neither a directory nor a repository that can be read.
+    """
+    path = Path(name_or_dir).expanduser()
+    if path.is_dir():
+        return path
+    # Subdirectories hold the same weights once more, in other formats.
+    wanted = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
+    try:
+        return Path(snapshot_download(
+            name_or_dir, allow_patterns=wanted, ignore_patterns=["*/*"],
+        ))  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{name_or_dir!r} is neither a local directory nor a Hugging Face "
+            f"repository that can be read: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is not a directory")
+    single = directory / "model.safetensors"
+    index = directory / "model.safetensors.index.json"
+    if single.exists():  # before the index, as transformers does
+        return [single]
+    if not index.exists():
+        if files := sorted(directory.glob("*.safetensors")):
+            return files
+        there = sorted(p.name for p in directory.iterdir())
+        weights = [n for n in there if n.endswith((".bin", ".pt", ".pth", ".gguf"))]
+        hint = ": save the model with safe_serialization=True" if weights else ""
+        raise FileNotFoundError(
+            f"{directory} has no .safetensors file, only {weights or there}{hint}"
+        )
+    weight_map = json.loads(index.read_text())["weight_map"]
+    files = [directory / name for name in sorted(set(weight_map.values()))]
+    if missing := [f.name for f in files if not f.exists()]:
+        raise FileNotFoundError(f"{index} names files that are not there: {missing}")
+    return files
+
+
+def _open(files: list[Path], stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Return a lazy slice of every tensor, by HF name."""
+    slices = {}
+    for path in files:
+        try:
+            file = stack.enter_context(safe_open(path, framework="np"))
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is not a whole safetensors file ({path.stat().st_size} bytes, "
+                f"{error}): download it again"
+            ) from error
+        slices |= {key: file.get_slice(key) for key in file.keys()}
+    return slices
+
+
+def _check(slices: dict[str, Any], cfg: ModelConfig, directory: Path) -> None:
+    expected = {hf: shape for hf, _, _, shape in _tensors(cfg)}
+    problems = [f"missing: {hf}" for hf in expected if hf not in slices]
+    for hf, tensor in slices.items():
+        if hf not in expected:
+            tied = cfg.tie_embeddings and hf == "lm_head.weight"
+            if not (tied or hf.endswith("rotary_emb.inv_freq")):
+                problems.append(f"unexpected: {hf}")
+        elif (shape := tuple(tensor.get_shape())) != expected[hf]:
+            problems.append(f"misshaped: {hf} is {shape}, not {expected[hf]}")
+        elif tensor.get_dtype() not in _FLOATS:
+            problems.append(f"quantized: {hf} is {tensor.get_dtype()}, not a float")
+    if problems:
+        raise ValueError(
+            f"{directory} does not hold the model of the config, "
+            f"{len(problems)} problems:\n  " + "\n  ".join(problems)
+        )
+
+
+def _copy_rows(out: np.ndarray, source: Any, index: tuple, transposed: bool) -> None:
+    """Write source[index], in HF's layout, into `out`, in ours, tile by tile."""
+    # Bits are moved as integers: numpy's strided copy of bfloat16 is twice as slow.
+    bits = np.dtype(f"u{out.itemsize}")
+    out_hf = out.view(bits).T if transposed else out.view(bits)
+    first, last = index[0].start, index[0].stop
+    for start in range(first, last, _ROWS):
+        stop = min(start + _ROWS, last)
+        tile = source[(slice(start, stop), *index[1:])]
+        tile = np.asarray(tile).astype(out.dtype, copy=False).view(bits)
+        out_hf[start - first : stop - first] = tile
+
+
+def _read(
+    slices: dict[str, Any],
+    name: _Name,
+    index: tuple[slice, ...],
+    dtype: np.dtype,
+    pool: ThreadPoolExecutor,
+) -> np.ndarray:
+    """Read `index`, slices with start and stop, of one of our leaves."""
+    out = np.empty([s.stop - s.start for s in index], dtype)
+    stacked = "{layer}" in name.hf
+    layers = range(index[0].start, index[0].stop) if stacked else (None,)
+    rows, *columns = index[stacked:][:: -1 if name.transposed else 1]
+
+    def task(args: tuple[int, int | None, int]) -> None:
+        i, layer, first = args
+        last = min(first + _TASK_ROWS, rows.stop)
+        here = (..., slice(first - rows.start, last - rows.start))
+        here = here if name.transposed else here[1:]
+        _copy_rows(
+            (out[i] if stacked else out)[here],
+            slices[name.hf.format(layer=layer)],
+            (slice(first, last), *columns),
+            name.transposed,
+        )
+
+    starts = range(rows.start, rows.stop, _TASK_ROWS)
+    list(pool.map(task, ((i, n, s) for i, n in enumerate(layers) for s in starts)))
+    return out
+
+
+def load_params(
+    directory: str | Path,
+    cfg: ModelConfig,
+    *,
+    dtype: Any,
+    shardings: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Read params from safetensors, each device's shards only, cast on the host.
+
+    Args:
+        directory: holds model.safetensors, or its index and files.
+        cfg: shape of the model, see `model_config_from_hf`.
+        dtype: of every parameter.
+        shardings: a `jax.sharding.Sharding` for every parameter, nested as params;
+            None places all on the first device.
+
+    Returns:
+        Params, nested as `param_shapes(cfg)`.
+
+    Raises:
+        ValueError: tensors missing, unexpected, misshaped or quantized, all in one
+            message by HF name; a truncated file; shardings that are not params' tree.
+        FileNotFoundError: no safetensors, or not all that the index names.
+    """
+    directory, dtype = Path(directory), np.dtype(dtype)
+    if shardings is None:
+        here = SingleDeviceSharding(jax.devices()[0])
+        placed = {name.path: here for name, _ in _names(cfg)}
+    else:
+        placed = _flatten(shardings, is_leaf=lambda x: isinstance(x, Sharding))
+    if wrong := placed.keys() ^ {name.path for name, _ in _names(cfg)}:
+        raise ValueError(f"shardings and params differ in {sorted(wrong)}")
+
+    def place(name: _Name, shape: tuple[int, ...]) -> jax.Array:
+        done: dict[tuple, np.ndarray] = {}  # replicas are read once
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            ends = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+            if ends not in done:
+                whole = tuple(slice(*end) for end in ends)
+                done[ends] = _read(slices, name, whole, dtype, pool)
+            return done[ends]
+
+        array = jax.make_array_from_callback(shape, placed[name.path], read)
+        return array.block_until_ready()  # the next read must find the host empty
+
+    with contextlib.ExitStack() as stack:
+        slices = _open(_weight_files(directory), stack)
+        _check(slices, cfg, directory)
+        workers = min(16, os.cpu_count() or 1)
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
+        return _nest([(name.path, place(name, shape)) for name, shape in _names(cfg)])
+
+
+def hf_config(
+    cfg: ModelConfig, *, base: dict[str, Any] | None = None, dtype: str = "float32"
+) -> dict[str, Any]:
+    """Return HF's `config.json` of a model, the inverse of `model_config_from_hf`.
+
+    RoPE is written as transformers 5 reads it (`rope_parameters`) and as 4 does.
+
+    Args:
+        cfg: the model.
+        base: a parsed config.json whose other fields are kept.
+        dtype: name of the weights' dtype.
+
+    Raises:
+        ValueError: a sliding window, which HF's llama does not have.
+    """
+    if cfg.sliding_window is not None:
+        raise ValueError(
+            f"{cfg.sliding_window=}: HF's llama has no sliding window; export with "
+            "dataclasses.replace(cfg, sliding_window=None) for one that sees all"
+        )
+    # Without a base, transformers' Llama would end a text at token 2.
+    base = dict(base or {"bos_token_id": None, "eos_token_id": None})
+    for stale in ("quantization_config", "torch_dtype"):
+        base.pop(stale, None)
+    rope, scaling = cfg.rope, {"rope_type": cfg.rope.type}
+    position, original = "original_max_position_embeddings", rope.original_max_position
+    if rope.type != "default":
+        scaling["factor"] = rope.factor
+    if rope.type in ("llama3", "yarn"):
+        scaling[position] = original
+    elif rope.type != "default" and original != cfg.max_position:
+        scaling[position] = original
+    if rope.type == "llama3":
+        scaling["low_freq_factor"] = rope.low_freq_factor
+        scaling["high_freq_factor"] = rope.high_freq_factor
+    if rope.type == "yarn":
+        scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+        if rope.attention_factor is not None:
+            scaling["attention_factor"] = rope.attention_factor
+    old = base.get("rope_parameters") or base.get("rope_scaling") or {}
+    kept = ("mscale", "mscale_all_dim", "truncate", "partial_rotary_factor")
+    scaling |= {key: old[key] for key in kept if key in old}
+    return base | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": dtype,
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.hidden_size,
+        "intermediate_size": cfg.intermediate_size,
+        "num_hidden_layers": cfg.num_layers,
+        "num_attention_heads": cfg.num_heads,
+        "num_key_value_heads": cfg.num_kv_heads,
+        "head_dim": cfg.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rms_norm_eps": cfg.rms_norm_eps,
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "initializer_range": cfg.initializer_range,
+        "max_position_embeddings": cfg.max_position,
+        "rope_parameters": scaling | {"rope_theta": rope.theta},
+        "rope_theta": rope.theta,
+        "rope_scaling": None if rope.type == "default" else scaling,
+    }
+
+
+def _tensor(param: Any, layer: int | None, transposed: bool, dtype: Any) -> np.ndarray:
+    """Return one HF tensor, contiguous, of one of our leaves."""
+    if layer is not None and isinstance(param, jax.Array):
+        # One compilation for all layers, one layer's copy on the device.
+        param = jax.lax.dynamic_index_in_dim(param, layer, keepdims=False)
+    elif layer is not None:
+        param = param[layer]
+    param = np.asarray(param)
+    if not transposed:
+        return np.ascontiguousarray(param, dtype)
+    out = np.empty(param.shape[::-1], dtype)
+    _copy_rows(out, param, tuple(slice(0, n) for n in param.shape), transposed)
+    return out
+
+
+def export_hf(
+    params: dict[str, Any],
+    cfg: ModelConfig,
+    out_dir: str | Path,
+    *,
+    source_dir: str | Path | None = None,
+    max_shard_bytes: int | float = 5e9,
+    dtype: Any = None,
+) -> None:
+    """Write a directory that transformers loads; it appears whole or not at all.
+
+    Args:
+        params: jax or numpy arrays, nested as `param_shapes(cfg)`.
+        cfg: shape of the model.
+        out_dir: does not exist yet, or is empty.
+        source_dir: its tokenizer files and other config.json fields are kept.
+        max_shard_bytes: most bytes of one file, unless a tensor alone has more.
+        dtype: of the written weights; None keeps each parameter's.
+
+    Raises:
+        ValueError: params that are not the model's, all leaves in one message; a
+            sliding window.
+        FileExistsError: out_dir is not empty.
+        FileNotFoundError: source_dir is not a directory.
+        NotImplementedError: params spread over several hosts.
+    """
+    out, leaves = Path(out_dir).resolve(), _flatten(params)
+    expected = {name.path: shape for name, shape in _names(cfg)}
+    got = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    if wrong := dict(sorted(got.items() ^ expected.items())):
+        lines = (f"{p}: {got.get(p)}, not {expected.get(p)}" for p in wrong)
+        raise ValueError("params are not the model of cfg:\n  " + "\n  ".join(lines))
+    if not all(getattr(x, "is_fully_addressable", True) for x in leaves.values()):
+        raise NotImplementedError("params are spread over hosts: gather them first")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is not empty: choose another or remove it")
+    source = None if source_dir is None else Path(source_dir)
+    if source is not None and not source.is_dir():
+        raise FileNotFoundError(f"source_dir={str(source)!r} is not a directory")
+    base = None
+    if source is not None and (source / "config.json").exists():
+        base = json.loads((source / "config.json").read_text())
+    name = np.dtype(dtype or leaves["embed/embedding"].dtype).name
+    config = hf_config(cfg, base=base, dtype=name)
+
+    partial = out.with_name(f".{out.name}.partial{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        _write_weights(leaves, cfg, partial, max_shard_bytes, dtype)
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for file in _COPIED if source is not None else ():
+            if (source / file).exists():
+                shutil.copyfile(source / file, partial / file)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write_weights(
+    leaves: dict[str, Any],
+    cfg: ModelConfig,
+    out: Path,
+    max_bytes: int | float,
+    dtype: Any,
+) -> None:
+    files: list[list[tuple]] = []
+    total = room = 0
+    for hf, name, layer, shape in _tensors(cfg):
+        to = np.dtype(dtype or leaves[name.path].dtype)
+        size = math.prod(shape) * to.itemsize
+        if not files or size > room:
+            files.append([])
+            room = max_bytes
+        files[-1].append((hf, name, layer, to))
+        room, total = room - size, total + size
+    weight_map = {}
+    for i, tensors in enumerate(files, start=1):
+        file = f"model-{i:05d}-of-{len(files):05d}.safetensors"
+        file = file if len(files) > 1 else "model.safetensors"
+        arrays = {
+            hf: _tensor(leaves[name.path], layer, name.transposed, to)
+            for hf, name, layer, to in tensors
+        }
+        save_file(arrays, out / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(arrays, file)
+        del arrays
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        path = out / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
