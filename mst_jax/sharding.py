@@ -1,0 +1,91 @@
+"""Which axis of which parameter lies on which axis of the device mesh.
+
+The batch is split over `data` and `fsdp`; every parameter is also split over `fsdp`,
+along its model width. A step runs inside `jax.shard_map`, so that each device's chunk
+loops see its own tokens only; a layer's weights are gathered just before use, and the
+gather's transpose scatters their gradients back (ZeRO-3).
+"""
+
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mst_jax.config import MeshConfig, ModelConfig
+
+BATCH_AXES = ("data", "fsdp")
+
+# The axes of each parameter by name; D is the one that `fsdp` splits.
+AXES: dict[str, tuple[str, ...]] = {
+    "embedding": ("V", "D"),
+    "kernel": ("D", "V"),
+    "scale": ("D",),
+    "wq": ("D", "NH"),
+    "wk": ("D", "KH"),
+    "wv": ("D", "KH"),
+    "wo": ("NH", "D"),
+    "w_gate": ("D", "F"),
+    "w_up": ("D", "F"),
+    "w_down": ("F", "D"),
+}
+
+
+def make_mesh(cfg: MeshConfig) -> Mesh:
+    """Return the device mesh, axes `data` and `fsdp`.
+
+    Raises:
+        ValueError: fewer devices than the mesh needs.
+    """
+    need, have = cfg.data * cfg.fsdp, len(jax.devices())
+    if need > have:
+        raise ValueError(
+            f"mesh.data={cfg.data} * mesh.fsdp={cfg.fsdp} needs {need} devices, there "
+            f"are {have}"
+        )
+    return jax.make_mesh(
+        (cfg.data, cfg.fsdp),
+        BATCH_AXES,
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=jax.devices()[:need],
+    )
+
+
+def check_divisible(model: ModelConfig, mesh: MeshConfig) -> None:
+    """Raise ValueError if `fsdp` does not divide the model's width."""
+    if model.hidden_size % mesh.fsdp:
+        raise ValueError(
+            f"mesh.fsdp={mesh.fsdp} must divide hidden_size={model.hidden_size}"
+        )
+
+
+def param_specs(params: Any) -> Any:
+    """Return the PartitionSpec of every parameter; stacked ones lead with None."""
+
+    def spec(path, leaf):
+        axes = ["fsdp" if a == "D" else None for a in AXES[path[-1].key]]
+        return P(*[None] * (leaf.ndim - len(axes)), *axes)
+
+    return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def named(mesh: Mesh, specs: Any) -> Any:
+    """Return NamedShardings for a tree of PartitionSpecs."""
+    return jax.tree.map(
+        lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, P)
+    )
+
+
+def gather(params: Any, specs: Any) -> Any:
+    """Inside shard_map, return whole parameters from this device's shards."""
+
+    def one(leaf, spec):
+        skip = len(spec) - leaf.ndim  # a layer's slice has lost its leading axis
+        axis = tuple(spec).index("fsdp") - skip
+        return jax.lax.all_gather(leaf, "fsdp", axis=axis, tiled=True)
+
+    leaves, tree = jax.tree.flatten(params)
+    specs = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, P))
+    return jax.tree.unflatten(
+        tree, [one(x, s) for x, s in zip(leaves, specs, strict=True)]
+    )

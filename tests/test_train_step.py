@@ -1,0 +1,234 @@
+"""The step: exact under chunks, accumulation and sharding; optimizers; rounding."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mst_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from mst_jax.model import init_params
+from mst_jax.optim import make_schedule, stochastic_round
+from mst_jax.sharding import make_mesh, named, param_specs
+from mst_jax.train_step import (
+    init_train_state,
+    make_eval_step,
+    make_gradients,
+    make_train_step,
+    state_shardings,
+)
+
+MODEL = ModelConfig(
+    vocab_size=256, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
+    num_kv_heads=2,
+)  # fmt: skip
+
+
+def config(model=MODEL, mesh=(1, 1), optim=None, batch_size=8, **train):
+    return Config(
+        model=model,
+        data=DataConfig(seq_len=64, batch_size=batch_size),
+        mesh=MeshConfig(data=mesh[0], fsdp=mesh[1]),
+        optim=OptimConfig(**{"warmup_steps": 0, **(optim or {})}),
+        train=TrainConfig(compute_dtype="float32", **train),
+    )
+
+
+def make_batch(A=1, B=2, T=64, masked=True, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    tokens = jax.random.randint(keys[0], (A, B, T), 0, 64)
+    labels = jax.random.randint(keys[1], (A, B, T), 0, 64)
+    if masked:  # uneven over micro-batches and rows
+        keep = jnp.linspace(0.1, 0.9, A * B).reshape(A, B, 1)
+        labels = jnp.where(
+            jax.random.uniform(keys[2], labels.shape) < keep, labels, -100
+        )
+    return {"tokens": tokens, "labels": labels}
+
+
+def gradients(cfg, batch, params=None):
+    mesh = make_mesh(cfg.mesh)
+    params = init_params(cfg.model, 0) if params is None else params
+    params = jax.device_put(params, named(mesh, param_specs(params)))
+    return jax.jit(make_gradients(cfg, cfg.model, mesh))(params, batch)
+
+
+def assert_close(got, want, tolerance=2e-5):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        error = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-12)
+        assert error < tolerance, (jax.tree_util.keystr(path), error)
+
+
+@pytest.mark.parametrize("T", [1, 40, 63, 127, 300])
+@pytest.mark.parametrize("tied", [False, True])
+def test_chunked_equals_unchunked(T, tied):
+    model = dataclasses.replace(MODEL, tie_embeddings=tied)
+    batch = make_batch(T=T)
+    plain = config(model, mlp_chunk_size=0, loss_chunk_size=10**6, remat="none")
+    want = gradients(plain, batch)
+    for remat in ("full", "save_attention"):
+        chunked = config(model, mlp_chunk_size=50, loss_chunk_size=33, remat=remat)
+        assert_close(gradients(chunked, batch), want)
+
+
+@pytest.mark.parametrize("A", [2, 3])
+def test_accumulation_weighs_tokens_not_micro_batches(A):
+    batch = make_batch(A=A)
+    whole = {k: v.reshape(1, -1, v.shape[-1]) for k, v in batch.items()}
+    got = gradients(config(accumulate=A), batch)
+    assert_close(got, gradients(config(), whole))
+
+
+def test_all_masked_step_changes_nothing():
+    cfg = config()
+    batch = make_batch()
+    batch["labels"] = jnp.full_like(batch["labels"], -100)
+    state = init_train_state(cfg, init_params(MODEL, 0))
+    before = jax.tree.map(np.asarray, state["params"])
+    step = make_train_step(cfg, MODEL, make_mesh(cfg.mesh))
+    state, metrics = step(state, batch)
+    assert metrics["loss"] == 0 and metrics["tokens"] == 0
+    jax.tree.map(np.testing.assert_array_equal, state["params"], before)
+
+
+@pytest.mark.parametrize("mesh", [(8, 1), (1, 8), (2, 4)])
+def test_sharded_equals_single_device(mesh):
+    batch = make_batch(A=2, B=8)
+    kwargs = {"accumulate": 2, "mlp_chunk_size": 20, "loss_chunk_size": 20}
+    got = gradients(config(mesh=mesh, **kwargs), batch)
+    assert_close(got, gradients(config(**kwargs), batch))
+
+
+def test_sharded_step_and_state():
+    cfg = config(mesh=(2, 4), optim={"param_dtype": "bfloat16"})
+    mesh = make_mesh(cfg.mesh)
+
+    def create():
+        return init_train_state(cfg, init_params(MODEL, 0))
+
+    shardings = state_shardings(jax.eval_shape(create), mesh)
+    state = jax.jit(create, out_shardings=shardings)()
+    w_gate = state["params"]["layers"]["mlp"]["w_gate"]
+    assert w_gate.addressable_shards[0].data.shape == (2, 8, 48)
+    moments = [
+        leaf
+        for leaf in jax.tree.leaves(state["opt"]["layers"])
+        if leaf.shape == w_gate.shape
+    ]
+    assert moments and all(m.sharding == w_gate.sharding for m in moments)
+    batch = make_batch(B=8)
+    step = make_train_step(cfg, MODEL, mesh)
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[2] < losses[0]
+    single = config(optim={"param_dtype": "bfloat16"})
+    other = init_train_state(single, init_params(MODEL, 0))
+    _, first = make_train_step(single, MODEL, make_mesh(single.mesh))(other, batch)
+    assert abs(float(first["loss"]) - losses[0]) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_optimizers_learn(name, dtype):
+    rate = {"sgd": 1.0, "lion": 3e-3}.get(name, 1e-2)
+    optim = {"name": name, "learning_rate": rate, "param_dtype": dtype}
+    cfg = config(optim=optim, steps=12)
+    state = init_train_state(cfg, init_params(MODEL, 0))
+    step = make_train_step(cfg, MODEL, make_mesh(cfg.mesh))
+    batch = make_batch()
+    losses = []
+    for _ in range(12):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.9 * losses[0], losses
+    assert int(state["step"]) == 12
+    assert all(p.dtype == dtype for p in jax.tree.leaves(state["params"]))
+
+
+def test_adamw_is_optax_on_the_whole_tree():
+    import optax
+
+    cfg = config(optim={"weight_decay": 0.1, "clip_norm": 0.5, "schedule": "constant"})
+    params = init_params(MODEL, 0)
+    batch = make_batch()
+    total, count, grads = gradients(cfg, batch, params)
+    mask = jax.tree_util.tree_map_with_path(lambda p, _: p[-1].key != "scale", params)
+    tx = optax.chain(
+        optax.clip_by_global_norm(0.5),
+        optax.adamw(cfg.optim.learning_rate, b2=0.95, weight_decay=0.1, mask=mask),
+    )
+    grads = jax.tree.map(lambda g: g / count, grads)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    want = optax.apply_updates(params, updates)
+    state = init_train_state(cfg, params)
+    step = make_train_step(cfg, MODEL, make_mesh(cfg.mesh))
+    state, metrics = step(state, batch)
+    for a, b in zip(*map(jax.tree.leaves, (state["params"], want)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
+
+
+def test_stochastic_rounding_is_unbiased():
+    x = jnp.full((200_000,), 1.0 + 2.0**-8 * 0.2, jnp.float32)
+    rounded = stochastic_round(x, jax.random.key(0)).astype(jnp.float32)
+    assert set(np.unique(rounded)) <= {1.0, 1.0 + 2.0**-7}
+    assert abs(float(rounded.mean()) - float(x[0])) < 5e-5
+    special = jnp.array([jnp.inf, -jnp.inf, jnp.nan, 0.0])
+    got = stochastic_round(special, jax.random.key(1)).astype(jnp.float32)
+    np.testing.assert_array_equal(got, special)
+
+
+def test_small_updates_do_not_vanish_in_bf16():
+    # Plain bf16 updates at this learning rate leave every weight as it was.
+    optim = {"learning_rate": 1e-5, "param_dtype": "bfloat16", "schedule": "constant"}
+    cfg = config(optim=optim)
+    state = init_train_state(cfg, init_params(MODEL, 0))
+    before = np.asarray(state["params"]["final_norm"]["scale"], np.float32)
+    w = np.asarray(state["params"]["lm_head"]["kernel"], np.float32)
+    step = make_train_step(cfg, MODEL, make_mesh(cfg.mesh))
+    for _ in range(20):
+        state, _ = step(state, make_batch())
+    assert (np.asarray(state["params"]["lm_head"]["kernel"], np.float32) != w).any()
+    assert before.shape == (32,)
+
+
+def test_eval_is_the_training_loss():
+    cfg = config()
+    params, batch = init_params(MODEL, 0), make_batch()
+    total, count = make_eval_step(cfg, MODEL, make_mesh(cfg.mesh))(params, batch)
+    want = gradients(cfg, batch, params)
+    np.testing.assert_allclose([total, count], want[:2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
+def test_schedules(shape):
+    cfg = OptimConfig(schedule=shape, warmup_steps=10, learning_rate=1.0)
+    rate = make_schedule(cfg, 100)
+    assert 0 < rate(0) < 0.2 and float(rate(10)) == pytest.approx(1.0)
+    assert float(rate(100)) == pytest.approx(1.0 if shape == "constant" else 0.1)
+
+
+def test_no_quadratic_or_wide_buffer():
+    # No [T, T], [T, F] or [T, V] buffer in the compiled gradient.
+    model = dataclasses.replace(MODEL, intermediate_size=176, vocab_size=272)
+    T = 1024
+    cfg = config(model, mlp_chunk_size=128, loss_chunk_size=128)
+    batch = {k: jnp.zeros((1, 1, T), jnp.int32) for k in ("tokens", "labels")}
+    params = jax.eval_shape(lambda: init_params(model, 0))
+    fn = jax.jit(make_gradients(cfg, model, make_mesh(cfg.mesh)))
+    text = fn.lower(params, batch).compile().as_text()
+    for width in (T, 176, 272):
+        assert f"{T},{width}]" not in text
