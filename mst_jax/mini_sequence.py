@@ -16,6 +16,8 @@ V vocabulary, N query heads, K key/value heads, H head size, L layers.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,6 +37,16 @@ def split_length(length: int, chunk_size: int) -> tuple[int, int]:
         raise ValueError(f"{chunk_size=} must be at least 1 token")
     num_chunks = max(1, -(-length // chunk_size))
     return num_chunks, -(-length // num_chunks)
+
+
+def auto_chunk_size(token_bytes: int) -> int:
+    """Return the most tokens of that many bytes within the budget, a power of two.
+
+    A power of two divides the usual lengths, and a chunk that needs no pad rows spares
+    a copy of the sequence.
+    """
+    tokens = max(1, CHUNK_BYTES // max(1, token_bytes))
+    return 1 << (tokens.bit_length() - 1)
 
 
 def mini_sequence(
@@ -65,20 +77,80 @@ def mini_sequence(
         ValueError: x has no arrays, or arrays of different lengths along `axis`, or
             chunk_size is not positive.
     """
+    params, x = jax.tree.map(jnp.asarray, (params, x))
     length = _length(x, axis)
     if chunk_size is None:
-        chunk_size = max(1, CHUNK_BYTES // max(1, bytes_per_token(fn, params, x, axis)))
+        chunk_size = auto_chunk_size(bytes_per_token(fn, params, x, axis))
     num_chunks, size = split_length(length, chunk_size)
     if num_chunks == 1:
         return jax.checkpoint(fn)(params, x)
-    wide, narrow = _widen(params)
-
-    def body(carry, chunk):
-        return carry, fn(narrow(wide), chunk)
-
     chunks = to_chunks(x, num_chunks, size, axis)
-    _, y = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), None, chunks)
-    return jax.tree.map(lambda leaf: _join(leaf, length, axis), y)
+    one_chunk = jax.tree.map(lambda a: a[0], chunks)
+    # What fn closes over is differentiated too: it becomes one more parameter.
+    fn, closed_over = jax.closure_convert(fn, params, one_chunk)
+    y = _map_chunks(fn, (params, closed_over), chunks)
+    return jax.tree.map(lambda leaf: from_chunks(leaf, length, axis), y)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _map_chunks(fn: Any, params: Any, chunks: Any) -> Any:
+    params, closed_over = params
+    return jax.lax.map(lambda chunk: fn(params, chunk, *closed_over), chunks)
+
+
+def _map_forward(fn: Any, params: Any, chunks: Any) -> Any:
+    return _map_chunks(fn, params, chunks), (params, chunks)
+
+
+def _map_backward(fn: Any, residuals: Any, dy: Any) -> Any:
+    params, chunks = residuals
+    params, rebuild_params = _differentiable(params)
+    chunks, rebuild_chunk = _differentiable(chunks)
+
+    def body(total, inputs):
+        floats, others, dy = inputs
+
+        def recompute(params, floats):
+            params, closed_over = rebuild_params(params)
+            return fn(params, rebuild_chunk(floats, others), *closed_over)
+
+        dparams, dfloats = jax.vjp(recompute, params, floats)[1](dy)
+        return [t + d.astype(t.dtype) for t, d in zip(total, dparams, strict=True)], (
+            dfloats
+        )
+
+    zeros = [jnp.zeros(p.shape, _wide_dtype(p.dtype)) for p in params]
+    total, dchunks = jax.lax.scan(body, zeros, (chunks, rebuild_chunk.others, dy))
+    dparams = [t.astype(p.dtype) for t, p in zip(total, params, strict=True)]
+    return rebuild_params.cotangents(dparams), rebuild_chunk.cotangents(dchunks)
+
+
+_map_chunks.defvjp(_map_forward, _map_backward)
+
+
+def _differentiable(tree: Any) -> tuple[list[jax.Array], "_Rebuild"]:
+    leaves, treedef = jax.tree.flatten(tree)
+    is_float = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
+    floats = [x for x, f in zip(leaves, is_float, strict=True) if f]
+    others = [x for x, f in zip(leaves, is_float, strict=True) if not f]
+    return floats, _Rebuild(treedef, is_float, others)
+
+
+@dataclass(frozen=True)
+class _Rebuild:
+    """Puts the floating-point leaves of a pytree back among the others."""
+
+    treedef: Any
+    is_float: list[bool]
+    others: list[jax.Array]
+
+    def __call__(self, floats: Any, others: Any = None) -> Any:
+        floats, others = iter(floats), iter(self.others if others is None else others)
+        leaves = [next(floats if f else others) for f in self.is_float]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def cotangents(self, floats: Any) -> Any:
+        return self(floats, [None] * len(self.others))
 
 
 def mini_sequence_sum(
@@ -105,23 +177,20 @@ def mini_sequence_sum(
     Raises:
         ValueError: as `mini_sequence`.
     """
+    params, x = jax.tree.map(jnp.asarray, (params, x))
     length = _length(x, axis)
     num_chunks, size = split_length(length, chunk_size)
     valid = jnp.arange(num_chunks * size).reshape(num_chunks, size) < length
-    wide, narrow = _widen(params)
+    chunks = (to_chunks(x, num_chunks, size, axis), valid)
 
-    def step(inputs):
-        sums = fn(narrow(wide), *inputs)
+    def widened(params, chunk):
+        sums = fn(params, *chunk)
         return jax.tree.map(lambda s: s.astype(_wide_dtype(s.dtype)), sums)
 
-    def body(total, inputs):
-        return jax.tree.map(jnp.add, total, step(inputs)), None
-
-    inputs = (to_chunks(x, num_chunks, size, axis), valid)
-    shapes = jax.eval_shape(step, jax.tree.map(lambda a: a[0], inputs))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), zeros, inputs)
-    return total
+    one_chunk = jax.tree.map(lambda a: a[0], chunks)
+    converted, closed_over = jax.closure_convert(widened, params, one_chunk)
+    sums = _map_chunks(converted, (params, closed_over), chunks)
+    return jax.tree.map(lambda s: s.sum(0), sums)
 
 
 def bytes_per_token(fn: Callable[..., Any], params: Any, x: Any, axis: int = 1) -> int:
@@ -165,14 +234,9 @@ def _wide_dtype(dtype: Any) -> Any:
     ) else dtype  # fmt: skip
 
 
-def _widen(params: Any) -> tuple[Any, Callable[[Any], Any]]:
-    # The scan's transpose adds up the gradient of `wide`, in f32. In the forward
-    # direction the two casts cancel and XLA removes both.
-    wide = jax.tree.map(lambda p: p.astype(_wide_dtype(p.dtype)), params)
-    return wide, lambda w: jax.tree.map(lambda v, p: v.astype(p.dtype), w, params)
-
-
 def to_chunks(x: Any, num_chunks: int, size: int, axis: int) -> Any:
+    """Cut every leaf along `axis` into [M, ..., C, ...], repeating the last token."""
+
     def split(a):
         ax = axis % a.ndim
         pad = num_chunks * size - a.shape[ax]
@@ -185,7 +249,8 @@ def to_chunks(x: Any, num_chunks: int, size: int, axis: int) -> Any:
     return jax.tree.map(split, x)
 
 
-def _join(y: jax.Array, length: int, axis: int) -> jax.Array:
+def from_chunks(y: jax.Array, length: int, axis: int) -> jax.Array:
+    """Undo `to_chunks` for one leaf, dropping the rows beyond `length`."""
     ax = axis % (y.ndim - 1)
     y = jnp.moveaxis(y, 0, ax)
     y = y.reshape(*y.shape[:ax], -1, *y.shape[ax + 2 :])

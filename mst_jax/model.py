@@ -21,7 +21,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mst_jax.config import ModelConfig, Remat
-from mst_jax.mini_sequence import mini_sequence
 from mst_jax.ops.attention import attention
 from mst_jax.ops.attention.xla import RESIDUAL
 from mst_jax.ops.rms_norm import rms_norm
@@ -85,11 +84,7 @@ class MLP(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """chunk_size: tokens of a chunk; None: by byte budget; 0: no chunks."""
         weights = (self.w_gate[...], self.w_up[...], self.w_down[...])
-        if chunk_size == 0:
-            return swiglu(x, *weights)
-        return mini_sequence(
-            lambda w, x: swiglu(x, *w), weights, x, chunk_size=chunk_size
-        )
+        return swiglu(x, *weights, chunk_size=chunk_size)
 
 
 class DecoderLayer(nnx.Module):

@@ -145,3 +145,30 @@ def test_bad_chunk_size(kwargs, message):
 def test_different_lengths_are_refused():
     with pytest.raises(ValueError, match=r"\[3, 4\]"):
         mini_sequence(lambda p, x: x, None, (jnp.ones((1, 3)), jnp.ones((1, 4))))
+
+
+def test_closed_over_values_are_differentiated():
+    x = jax.random.normal(jax.random.key(0), (1, 10, 4))
+
+    def loss(scale):
+        return mini_sequence(lambda p, x: p * scale * x, 2.0, x, chunk_size=3).sum()
+
+    np.testing.assert_allclose(jax.grad(loss)(3.0), 2 * x.sum(), rtol=1e-5)
+
+
+def test_integer_inputs_and_second_derivative():
+    x = {"ids": jnp.arange(10)[None] % 3, "x": jnp.linspace(0, 1, 10)[None]}
+
+    def loss(table):
+        y = mini_sequence(
+            lambda t, x: t[x["ids"]] ** 3 * x["x"], table, x, chunk_size=4
+        )
+        return y.sum()
+
+    def plain(table):
+        return (table[x["ids"]] ** 3 * x["x"]).sum()
+
+    table = jnp.array([1.0, 2.0, 3.0])
+    np.testing.assert_allclose(jax.grad(loss)(table), jax.grad(plain)(table), rtol=1e-6)
+    got = jax.jacrev(jax.grad(loss))(table)
+    np.testing.assert_allclose(got, jax.jacrev(jax.grad(plain))(table), rtol=1e-6)

@@ -1,13 +1,25 @@
-"""Gated MLP: (act(x W_gate) * (x W_up)) W_down (arXiv 2002.05202).
+"""Gated MLP on mini-sequences: (act(x W_gate) * (x W_up)) W_down (arXiv 2002.05202).
 
-This is how one chunk is computed; `mini_sequence` cuts the sequence.
+The chunk loop of `mini_sequence`, with the backward pass written out so that each
+chunk's weight gradients are matrix products that accumulate in f32 in place (a GEMM
+with beta = 1); differentiating the chunk would round every chunk's product to the
+weights' dtype and add it in a pass of its own. Nothing wider than D is saved: gate and
+up are recomputed, 11 matrix products in all. Memory: O(T F) -> O(C F).
 """
 
 from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from mst_jax.mini_sequence import (
+    auto_chunk_size,
+    from_chunks,
+    split_length,
+    to_chunks,
+)
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -17,25 +29,86 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def swiglu(
-    x: Float[Array, "*batch D"],
+    x: Float[Array, "B T D"],
     w_gate: Float[Array, "D F"],
     w_up: Float[Array, "D F"],
     w_down: Float[Array, "F D"],
     *,
     activation: str = "silu",
-) -> Float[Array, "*batch D"]:
+    chunk_size: int | None = None,
+) -> Float[Array, "B T D"]:
     """Apply the gated MLP to every token.
 
     Args:
-        x: [..., D].
+        x: [B, T, D].
         w_gate: [D, F].
         w_up: [D, F].
         w_down: [F, D].
         activation: 'silu' (SwiGLU), 'gelu' or 'gelu_tanh' (GeGLU).
+        chunk_size: most tokens of a chunk; None by byte budget; 0 does not chunk and
+            saves gate and up for the backward pass.
 
     Raises:
-        ValueError: an unknown activation.
+        ValueError: an unknown activation or a negative chunk size.
     """
     if activation not in _ACTIVATIONS:
         raise ValueError(f"{activation=} is not one of {tuple(_ACTIVATIONS)}")
+    weights = (w_gate, w_up, w_down)
+    if chunk_size == 0:
+        return _mlp(activation, x, *weights)
+    if chunk_size is None:
+        chunk_size = mlp_chunk_size(x.shape[0], w_gate.shape[1], x.dtype)
+    length = x.shape[1]
+    num_chunks, size = split_length(length, chunk_size)
+    y_MBCD = _chunked(activation, to_chunks(x, num_chunks, size, 1), *weights)
+    return from_chunks(y_MBCD, length, 1)
+
+
+def mlp_chunk_size(batch: int, ffn_size: int, dtype: jnp.dtype) -> int:
+    """Return the chunk size that None stands for: gate, up and their gradients fit."""
+    return auto_chunk_size(4 * batch * ffn_size * jnp.dtype(dtype).itemsize)
+
+
+def _mlp(activation, x, w_gate, w_up, w_down):
     return (_ACTIVATIONS[activation](x @ w_gate) * (x @ w_up)) @ w_down
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(activation, x_MBCD, w_gate, w_up, w_down):
+    def one(x):
+        return _mlp(activation, x, w_gate, w_up, w_down)
+
+    return jax.lax.map(one, x_MBCD)
+
+
+def _forward(activation, x_MBCD, *weights):
+    return _chunked(activation, x_MBCD, *weights), (x_MBCD, weights)
+
+
+def _backward(activation, residuals, dy_MBCD):
+    x_MBCD, (w_gate, w_up, w_down) = residuals
+
+    def body(total, chunk):
+        x, dy = chunk
+        hidden, gated = jax.vjp(
+            lambda gate, up: _ACTIVATIONS[activation](gate) * up, x @ w_gate, x @ w_up
+        )
+        dgate, dup = gated(jnp.einsum("BCD,FD->BCF", dy, w_down))
+        dx = jnp.einsum("BCF,DF->BCD", dgate, w_gate)
+        dx += jnp.einsum("BCF,DF->BCD", dup, w_up)
+        pairs = ((x, dgate), (x, dup), (hidden, dy))
+        total = [t + _outer(*pair) for t, pair in zip(total, pairs, strict=True)]
+        return total, dx
+
+    weights = (w_gate, w_up, w_down)
+    zeros = [jnp.zeros(w.shape, jnp.promote_types(w.dtype, "float32")) for w in weights]
+    total, dx_MBCD = jax.lax.scan(body, zeros, (x_MBCD, dy_MBCD))
+    dweights = (t.astype(w.dtype) for t, w in zip(total, weights, strict=True))
+    return dx_MBCD, *dweights
+
+
+def _outer(a, b):
+    return jnp.einsum("BCI,BCO->IO", a, b, preferred_element_type=jnp.float32)
+
+
+_chunked.defvjp(_forward, _backward)
