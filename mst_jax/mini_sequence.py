@@ -88,6 +88,7 @@ def mini_sequence(
     one_chunk = jax.tree.map(lambda a: a[0], chunks)
     # What fn closes over is differentiated too: it becomes one more parameter.
     fn, closed_over = jax.closure_convert(fn, params, one_chunk)
+    closed_over = [jnp.asarray(c) for c in closed_over]
     y = _map_chunks(fn, (params, closed_over), chunks)
     return jax.tree.map(lambda leaf: from_chunks(leaf, length, axis), y)
 
@@ -189,6 +190,7 @@ def mini_sequence_sum(
 
     one_chunk = jax.tree.map(lambda a: a[0], chunks)
     converted, closed_over = jax.closure_convert(widened, params, one_chunk)
+    closed_over = [jnp.asarray(c) for c in closed_over]
     sums = _map_chunks(converted, (params, closed_over), chunks)
     return jax.tree.map(lambda s: s.sum(0), sums)
 

@@ -246,7 +246,9 @@ def _backward(options: _Options, residuals: Any, g):
     if dx_MBCD is not None:
         dx_MBCD = (g * dx_MBCD).astype(dx_MBCD.dtype)
     if dweight is not None:
-        dweight = (g * dweight).astype(dtype.dtype)
+        # Without the barrier XLA keeps the f32 sum alive until the update and casts it
+        # there: 1 GiB more at the peak for Llama3-8B.
+        dweight = jax.lax.optimization_barrier((g * dweight).astype(dtype.dtype))
     return dx_MBCD, dweight, None, g * jnp.where(weights_MBC == 0, 0, losses_MBC)
 
 
