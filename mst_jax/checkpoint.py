@@ -110,10 +110,10 @@ class Checkpoints:
         other = {n: type(x) for n, x in leaves.items() if not isinstance(x, jax.Array)}
         if other:
             raise ValueError(f"not a jax.Array, wrap in jnp.asarray: {other}")
-        if step <= max(self.steps(), default=-1):
+        if step <= (newest := max(self.steps(), default=-1)):
             raise ValueError(
-                f"{step=} must be above {self.latest()}, the newest in "
-                f"{self._directory}: move the newer away, or use another directory"
+                f"{step=} must be above {newest}, the newest in {self._directory}: "
+                "move the newer away, or use another directory"
             )
         manifest = {"format": _FORMAT, "step": step, "leaves": _described(leaves)}
         manifest["extra"] = json.loads(json.dumps(extra))
@@ -121,7 +121,7 @@ class Checkpoints:
         try:
             self._clear_up()
             path.with_suffix(".tmp").mkdir(parents=True)
-            writing = ocp.save_async(path.with_suffix(".tmp") / "arrays", leaves)
+            writing = ocp.save_async(f"{path}.tmp/arrays", leaves)
         except Exception as error:
             raise _not_saved(path, error) from error
         self._pending = self._thread.submit(self._finish, path, manifest, writing)
@@ -174,7 +174,7 @@ class Checkpoints:
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         for name, leaf in wanted.items():
             wanted[name] = leaf.update(sharding=leaf.sharding or first)
-        arrays = ocp.load(path / "arrays", wanted)
+        arrays = ocp.load(f"{path}/arrays", wanted)
         leaves = [arrays[name] for name in wanted]
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
         return step, state, manifest["extra"]
@@ -220,8 +220,9 @@ class Checkpoints:
             if _NAME.fullmatch(name) and name.endswith(".tmp"):
                 shutil.rmtree(self._directory / name)
         for path in [self._directory / str(step) for step in self._damaged]:
-            shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
-            path.rename(path.with_suffix(".damaged"))
+            if path.exists():
+                shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
+                path.rename(path.with_suffix(".damaged"))
         self._damaged.clear()
 
     def _finish(self, path: Path, manifest: dict[str, Any], writing: Any) -> None:
@@ -237,12 +238,12 @@ class Checkpoints:
             (partial / "manifest.json").write_text(json.dumps(signed))
             _checksums([partial / "manifest.json"], sync=True)
             partial.rename(path)
-            old = [self._directory / str(step) for step in self.steps()]
-            old = [path for path in old if (path / "manifest.json").exists()]
-            for path_old in old[: -self._keep]:
+            whole = [self._directory / str(step) for step in self.steps()]
+            whole = [old for old in whole if (old / "manifest.json").exists()]
+            for old in whole[: -self._keep]:
                 # First out of sight: half removed, it must not look damaged.
-                path_old.rename(path_old.with_suffix(".tmp"))
-                shutil.rmtree(path_old.with_suffix(".tmp"))
+                old.rename(old.with_suffix(".tmp"))
+                shutil.rmtree(old.with_suffix(".tmp"))
         except Exception as error:
             raise _not_saved(path, error) from error
 
