@@ -89,7 +89,7 @@ def load_data(cfg: DataConfig, vocab_size: int | None) -> Data:
     Raises:
         FileNotFoundError: no such file or directory.
         ValueError: a file of another type or content, a token id outside the
-            vocabulary, or too few documents or tokens.
+            vocabulary, too few documents or tokens, or a tokenizer that does not load.
         ImportError: an 'hf:' source without the `datasets` package.
     """
     encode, num_entries = _load_tokenizer(cfg.tokenizer)
@@ -352,7 +352,7 @@ def _load_tokenizer(name: str) -> tuple[Encode, int]:
 
 
 def _encode_bytes(texts: list[str]) -> list[np.ndarray]:
-    return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+    return [np.frombuffer(text.encode(errors="replace"), np.uint8) for text in texts]
 
 
 def _read_stdlib() -> Iterator[str]:

@@ -195,11 +195,33 @@ def test_state_restores_the_exact_stream(tmp_path, packing, batches):
 
 def test_same_seed_same_stream_other_seed_another(tmp_path):
     write_documents(tmp_path, unique_documents([200] * 5))
-    one, same = (load_data(config(tmp_path), None).train_iterator() for _ in range(2))
-    other = load_data(config(tmp_path, seed=7), None).train_iterator()
-    first = take(one, 10)
-    assert_equal(first, take(same, 10))
-    assert (first[0]["tokens"] != next(other)["tokens"]).any()
+    cfg, other = (config(tmp_path, seed=seed) for seed in (0, 7))
+    first = take(load_data(cfg, None).train_iterator(), 10)
+    assert_equal(first, take(load_data(cfg, None).train_iterator(), 10))
+    changed = take(load_data(other, None).train_iterator(), 10)
+    assert targets(first) != targets(changed)
+
+
+def test_the_shuffle_is_over_all_windows_and_seeded(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(1000 * T))
+
+    def first_windows(seed):  # 64 rows are packed at once
+        cfg = config(tmp_path, seed=seed)
+        batches = take(load_data(cfg, None).train_iterator(), 16)
+        return set(np.concatenate([b["tokens"][:, 0] for b in batches]) // T)
+
+    windows = first_windows(0)
+    assert min(windows) < 100 and max(windows) > 800 and len(windows) == 64
+    assert windows != first_windows(1)
+
+
+def test_packing_leaves_little_padding(tmp_path):
+    lengths = np.random.default_rng(0).integers(2, T, 2000)
+    rows = [{"text": "x" * n} for n in lengths.tolist()]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    cfg = config(tmp_path / "x.jsonl", batch_size=1)
+    batches = take(load_data(cfg, 256).train_iterator(), 300)
+    assert np.mean([b["segment_ids"] > 0 for b in batches]) > 0.9
 
 
 def write_text(path, rows):
@@ -336,6 +358,14 @@ def test_stream_has_every_target_and_its_own_held_out_documents(monkeypatch):
     assert len(calls) > 3  # several passes
 
 
+def test_stream_is_shuffled(monkeypatch):
+    patch_stream(monkeypatch)
+    iterator = load_data(config("hf:name", streaming=True), 256).train_iterator()
+    early, late = cut(TEXTS[:30]), cut(TEXTS[40:])
+    found = set(decode(take(iterator, 8)))  # in order these would be early ones
+    assert found & (early - late) and found & (late - early)
+
+
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("batches", [0, 5, 60])
 def test_stream_state_restores_the_exact_stream(monkeypatch, packing, batches):
@@ -408,6 +438,13 @@ def test_error_of_a_holdout_that_takes_all(tmp_path):
     write_documents(tmp_path, unique_documents([100, 100]))
     with pytest.raises(ValueError, match="holdout=0.9 leaves no training document of"):
         load_data(config(tmp_path, holdout=0.9), None)
+
+
+def test_vocabulary_is_as_large_as_the_highest_id_needs(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(300))
+    assert load_data(config(tmp_path / "x.npy"), 300).num_tokens == 285
+    with pytest.raises(ValueError, match="at least 300, but vocab_size=299"):
+        load_data(config(tmp_path / "x.npy"), 299)
 
 
 def test_too_few_tokens_are_fine_without_packing(tmp_path):
