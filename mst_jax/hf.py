@@ -14,15 +14,16 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax  # registers bfloat16 with numpy
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import snapshot_download
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -82,26 +83,14 @@ def _tensors(cfg: ModelConfig) -> Iterator[tuple[str, _Name, int | None, tuple]]
             yield name.hf.format(layer=layer), name, layer, hf_shape
 
 
-def _nest(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves:
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
-
-
-def _flatten(tree: Any, **kwargs: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree, **kwargs)
-    keystr = jax.tree_util.keystr
-    return {keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+def _flatten(tree: dict[str, Any]) -> dict[str, Any]:
+    leaves: Any = flatten_dict(tree, sep="/")
+    return leaves
 
 
 def param_shapes(cfg: ModelConfig) -> dict[str, Any]:
     """Return the shapes of the model's parameters, as params is nested."""
-    return _nest((name.path, shape) for name, shape in _names(cfg))
+    return unflatten_dict({n.path: shape for n, shape in _names(cfg)}, sep="/")
 
 
 def resolve(name_or_dir: str) -> Path:
@@ -183,17 +172,21 @@ def _check(slices: dict[str, Any], cfg: ModelConfig, directory: Path) -> None:
         )
 
 
-def _copy_rows(out: np.ndarray, source: Any, index: tuple, transposed: bool) -> None:
-    """Write source[index], in HF's layout, into `out`, in ours, tile by tile."""
+def _copy_rows(out: np.ndarray, source: Any, index: tuple, dtype: np.dtype) -> None:
+    """Write source[index] as `dtype` into `out`, a view of bits in source's layout."""
     # Bits are moved as integers: numpy's strided copy of bfloat16 is twice as slow.
-    bits = np.dtype(f"u{out.itemsize}")
-    out_hf = out.view(bits).T if transposed else out.view(bits)
+    # Whole-matrix transposes are four times as slow as 64 rows at a time.
     first, last = index[0].start, index[0].stop
     for start in range(first, last, _ROWS):
         stop = min(start + _ROWS, last)
-        tile = source[(slice(start, stop), *index[1:])]
-        tile = np.asarray(tile).astype(out.dtype, copy=False).view(bits)
-        out_hf[start - first : stop - first] = tile
+        tile = np.asarray(source[(slice(start, stop), *index[1:])])
+        bits = tile.astype(dtype, copy=False).view(out.dtype)
+        out[start - first : stop - first] = bits
+
+
+def _bits(array: np.ndarray, transposed: bool) -> np.ndarray:
+    view = array.view(f"u{array.itemsize}")
+    return view.swapaxes(-1, -2) if transposed else view
 
 
 def _read(
@@ -208,21 +201,18 @@ def _read(
     stacked = "{layer}" in name.hf
     layers = range(index[0].start, index[0].stop) if stacked else (None,)
     rows, *columns = index[stacked:][:: -1 if name.transposed else 1]
+    bits = _bits(out, name.transposed)
 
-    def task(args: tuple[int, int | None, int]) -> None:
-        i, layer, first = args
+    def task(args: tuple[np.ndarray, int | None, int]) -> None:
+        view, layer, first = args
         last = min(first + _TASK_ROWS, rows.stop)
-        here = (..., slice(first - rows.start, last - rows.start))
-        here = here if name.transposed else here[1:]
-        _copy_rows(
-            (out[i] if stacked else out)[here],
-            slices[name.hf.format(layer=layer)],
-            (slice(first, last), *columns),
-            name.transposed,
-        )
+        view = view[first - rows.start : last - rows.start]
+        tensor = slices[name.hf.format(layer=layer)]
+        _copy_rows(view, tensor, (slice(first, last), *columns), dtype)
 
     starts = range(rows.start, rows.stop, _TASK_ROWS)
-    list(pool.map(task, ((i, n, s) for i, n in enumerate(layers) for s in starts)))
+    pairs = zip(bits if stacked else bits[None], layers, strict=True)
+    list(pool.map(task, ((view, n, s) for view, n in pairs for s in starts)))
     return out
 
 
@@ -255,14 +245,14 @@ def load_params(
         here = SingleDeviceSharding(jax.devices()[0])
         placed = {name.path: here for name, _ in _names(cfg)}
     else:
-        placed = _flatten(shardings, is_leaf=lambda x: isinstance(x, Sharding))
+        placed = _flatten(shardings)
     if wrong := placed.keys() ^ {name.path for name, _ in _names(cfg)}:
         raise ValueError(f"shardings and params differ in {sorted(wrong)}")
 
     def place(name: _Name, shape: tuple[int, ...]) -> jax.Array:
         done: dict[tuple, np.ndarray] = {}  # replicas are read once
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index: Any) -> np.ndarray:
             ends = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
             if ends not in done:
                 whole = tuple(slice(*end) for end in ends)
@@ -277,7 +267,8 @@ def load_params(
         _check(slices, cfg, directory)
         workers = min(16, os.cpu_count() or 1)
         pool = stack.enter_context(ThreadPoolExecutor(workers))
-        return _nest([(name.path, place(name, shape)) for name, shape in _names(cfg)])
+        leaves = {name.path: place(name, shape) for name, shape in _names(cfg)}
+    return unflatten_dict(leaves, sep="/")
 
 
 def hf_config(
@@ -304,21 +295,21 @@ def hf_config(
     base = dict(base or {"bos_token_id": None, "eos_token_id": None})
     for stale in ("quantization_config", "torch_dtype"):
         base.pop(stale, None)
-    rope, scaling = cfg.rope, {"rope_type": cfg.rope.type}
-    position, original = "original_max_position_embeddings", rope.original_max_position
+    rope = cfg.rope
+    scaling: dict[str, Any] = {"rope_type": rope.type}
     if rope.type != "default":
         scaling["factor"] = rope.factor
-    if rope.type in ("llama3", "yarn"):
-        scaling[position] = original
-    elif rope.type != "default" and original != cfg.max_position:
-        scaling[position] = original
-    if rope.type == "llama3":
-        scaling["low_freq_factor"] = rope.low_freq_factor
-        scaling["high_freq_factor"] = rope.high_freq_factor
-    if rope.type == "yarn":
-        scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
-        if rope.attention_factor is not None:
-            scaling["attention_factor"] = rope.attention_factor
+        # transformers knows this key in llama3 and yarn, elsewhere it warns.
+        differs = rope.original_max_position != cfg.max_position
+        if differs or rope.type in ("llama3", "yarn"):
+            scaling["original_max_position_embeddings"] = rope.original_max_position
+    own = {
+        "llama3": ("low_freq_factor", "high_freq_factor"),
+        "yarn": ("beta_fast", "beta_slow", "attention_factor"),
+    }
+    for key in own.get(rope.type, ()):
+        if getattr(rope, key) is not None:
+            scaling[key] = getattr(rope, key)
     old = base.get("rope_parameters") or base.get("rope_scaling") or {}
     kept = ("mscale", "mscale_all_dim", "truncate", "partial_rotary_factor")
     scaling |= {key: old[key] for key in kept if key in old}
@@ -357,7 +348,7 @@ def _tensor(param: Any, layer: int | None, transposed: bool, dtype: Any) -> np.n
     if not transposed:
         return np.ascontiguousarray(param, dtype)
     out = np.empty(param.shape[::-1], dtype)
-    _copy_rows(out, param, tuple(slice(0, n) for n in param.shape), transposed)
+    _copy_rows(_bits(out, True), param, (slice(0, len(param)),), np.dtype(dtype))
     return out
 
 
@@ -403,17 +394,17 @@ def export_hf(
     base = None
     if source is not None and (source / "config.json").exists():
         base = json.loads((source / "config.json").read_text())
-    name = np.dtype(dtype or leaves["embed/embedding"].dtype).name
-    config = hf_config(cfg, base=base, dtype=name)
+    written = np.dtype(dtype or leaves["embed/embedding"].dtype).name
+    config = hf_config(cfg, base=base, dtype=written)
 
     partial = out.with_name(f".{out.name}.partial{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         _write_weights(leaves, cfg, partial, max_shard_bytes, dtype)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for file in _COPIED if source is not None else ():
-            if (source / file).exists():
-                shutil.copyfile(source / file, partial / file)
+        for name in _COPIED:
+            if source is not None and (source / name).exists():
+                shutil.copyfile(source / name, partial / name)
         if out.exists():
             out.rmdir()
         partial.rename(out)
