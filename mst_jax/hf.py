@@ -190,12 +190,9 @@ def _bits(array: np.ndarray, transposed: bool) -> np.ndarray:
 
 
 def _read(
-    slices: dict[str, Any],
-    name: _Name,
-    index: tuple[slice, ...],
-    dtype: np.dtype,
-    pool: ThreadPoolExecutor,
-) -> np.ndarray:
+    slices: dict[str, Any], name: _Name, index: tuple[slice, ...],
+    dtype: np.dtype, pool: ThreadPoolExecutor,
+) -> np.ndarray:  # fmt: skip
     """Read `index`, slices with start and stop, of one of our leaves."""
     out = np.empty([s.stop - s.start for s in index], dtype)
     stacked = "{layer}" in name.hf
@@ -303,38 +300,25 @@ def hf_config(
         differs = rope.original_max_position != cfg.max_position
         if differs or rope.type in ("llama3", "yarn"):
             scaling["original_max_position_embeddings"] = rope.original_max_position
-    own = {
-        "llama3": ("low_freq_factor", "high_freq_factor"),
-        "yarn": ("beta_fast", "beta_slow", "attention_factor"),
-    }
-    for key in own.get(rope.type, ()):
-        if getattr(rope, key) is not None:
-            scaling[key] = getattr(rope, key)
+    own = {"llama3": ("low_freq_factor", "high_freq_factor"),
+           "yarn": ("beta_fast", "beta_slow", "attention_factor")}  # fmt: skip
+    values = {key: getattr(rope, key) for key in own.get(rope.type, ())}
+    scaling |= {key: value for key, value in values.items() if value is not None}
     old = base.get("rope_parameters") or base.get("rope_scaling") or {}
     kept = ("mscale", "mscale_all_dim", "truncate", "partial_rotary_factor")
     scaling |= {key: old[key] for key in kept if key in old}
-    return base | {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": dtype,
-        "vocab_size": cfg.vocab_size,
-        "hidden_size": cfg.hidden_size,
-        "intermediate_size": cfg.intermediate_size,
-        "num_hidden_layers": cfg.num_layers,
-        "num_attention_heads": cfg.num_heads,
-        "num_key_value_heads": cfg.num_kv_heads,
-        "head_dim": cfg.head_dim,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "rms_norm_eps": cfg.rms_norm_eps,
-        "tie_word_embeddings": cfg.tie_embeddings,
-        "initializer_range": cfg.initializer_range,
-        "max_position_embeddings": cfg.max_position,
-        "rope_parameters": scaling | {"rope_theta": rope.theta},
-        "rope_theta": rope.theta,
-        "rope_scaling": None if rope.type == "default" else scaling,
-    }
+    return base | dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", dtype=dtype,
+        vocab_size=cfg.vocab_size, hidden_size=cfg.hidden_size,
+        intermediate_size=cfg.intermediate_size, num_hidden_layers=cfg.num_layers,
+        num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_kv_heads,
+        head_dim=cfg.head_dim, hidden_act="silu", attention_bias=False, mlp_bias=False,
+        rms_norm_eps=cfg.rms_norm_eps, tie_word_embeddings=cfg.tie_embeddings,
+        initializer_range=cfg.initializer_range,
+        max_position_embeddings=cfg.max_position,
+        rope_parameters=scaling | {"rope_theta": rope.theta}, rope_theta=rope.theta,
+        rope_scaling=None if rope.type == "default" else scaling,
+    )  # fmt: skip
 
 
 def _tensor(param: Any, layer: int | None, transposed: bool, dtype: Any) -> np.ndarray:
