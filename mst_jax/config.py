@@ -398,13 +398,13 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(values: dict[str, Any]) -> Config:
-    """Build a `Config` from nested dictionaries.
+def from_dict(values: dict[str, Any], cls: type = Config) -> Any:
+    """Build a `Config`, or another of its classes, from nested dictionaries.
 
     Raises:
         ValueError: an unknown key, with the closest known one.
     """
-    return _build(Config, values, "config")
+    return _build(cls, values, "config")
 
 
 _NESTED = {

@@ -1,0 +1,27 @@
+"""Llama-3.2-1B, every parameter, 16,384 tokens on a 16 GB GPU.
+
+    python train.py --config configs/llama32_1b.py \
+        --init-from meta-llama/Llama-3.2-1B --data.source documents/
+
+bfloat16 weights with stochastic rounding, Adafactor, everything but layer inputs
+recomputed, MLP and LM head on mini-sequences.
+"""
+
+from mst_jax.config import Config, DataConfig, OptimConfig, TrainConfig
+
+
+def get_config() -> Config:
+    init_from = "meta-llama/Llama-3.2-1B"
+    return Config(
+        init_from=init_from,
+        out_dir="runs/llama32_1b",
+        data=DataConfig(
+            source="stdlib", tokenizer=init_from, seq_len=16384, batch_size=1,
+            packing=False,
+        ),
+        optim=OptimConfig(
+            name="adafactor", learning_rate=1e-5, warmup_steps=20,
+            param_dtype="bfloat16",
+        ),
+        train=TrainConfig(steps=1000, remat="full", eval_every=100, save_every=100),
+    )  # fmt: skip

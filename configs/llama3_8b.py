@@ -1,0 +1,30 @@
+"""Llama3-8B, every parameter, 65,536 tokens on one 80 GB GPU or larger.
+
+    python train.py --config configs/llama3_8b.py \
+        --init-from meta-llama/Meta-Llama-3-8B --data.source documents/
+
+bfloat16 weights with stochastic rounding, Adafactor (no first moment, factored second
+moment), attention saved, all else recomputed, MLP and LM head on mini-sequences. One
+document a row, so that attention runs on cuDNN; a document longer than a row is cut.
+"""
+
+from mst_jax.config import Config, DataConfig, OptimConfig, TrainConfig
+
+
+def get_config() -> Config:
+    init_from = "meta-llama/Meta-Llama-3-8B"
+    return Config(
+        init_from=init_from,
+        out_dir="runs/llama3_8b",
+        data=DataConfig(
+            source="stdlib", tokenizer=init_from, seq_len=65536, batch_size=1,
+            packing=False,
+        ),
+        optim=OptimConfig(
+            name="adafactor", learning_rate=1e-5, warmup_steps=20,
+            param_dtype="bfloat16",
+        ),
+        train=TrainConfig(
+            steps=1000, remat="save_attention", eval_every=100, save_every=100, keep=1,
+        ),
+    )  # fmt: skip

@@ -1,0 +1,22 @@
+"""A small Llama on Python's own source files, bytes, CPU or GPU, minutes.
+
+python train.py --config configs/tiny.py
+"""
+
+from mst_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        model=ModelConfig(
+            vocab_size=256, hidden_size=128, intermediate_size=384, num_layers=4,
+            num_heads=4, num_kv_heads=2,
+        ),
+        out_dir="runs/tiny",
+        data=DataConfig(source="stdlib", tokenizer="bytes", seq_len=512, batch_size=4),
+        optim=OptimConfig(learning_rate=4e-3, warmup_steps=10),
+        train=TrainConfig(
+            steps=120, compute_dtype="float32", mlp_chunk_size=128,
+            loss_chunk_size=128, eval_every=40, save_every=60,
+        ),
+    )  # fmt: skip

@@ -1,0 +1,384 @@
+"""The run: configuration -> data, weights, step -> metrics, checkpoints, a last line.
+
+Everything that can be refused is refused before anything is compiled. A run that is
+interrupted saves first; the same command again resumes from the newest whole checkpoint
+and, on a CPU, ends bit for bit where an uninterrupted run would have.
+"""
+
+import json
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mst_jax import hf
+from mst_jax.checkpoint import Checkpoints
+from mst_jax.config import Config, ModelConfig, model_config_from_hf, to_dict
+from mst_jax.data import Data, load_data
+from mst_jax.metrics import (
+    MetricsWriter,
+    peak_flops,
+    peak_memory_bytes,
+    plot_loss,
+    read_metrics,
+)
+from mst_jax.model import init_params
+from mst_jax.ops.attention import choose_implementation
+from mst_jax.ops.linear_cross_entropy import loss_chunk_size
+from mst_jax.ops.swiglu import mlp_chunk_size
+from mst_jax.sharding import check_divisible, make_mesh, named, param_specs
+from mst_jax.train_step import (
+    BATCH_SPEC,
+    init_train_state,
+    make_eval_step,
+    make_train_step,
+    state_shardings,
+)
+
+logger = logging.getLogger("mst_jax")
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient became infinite or NaN."""
+
+
+def train(cfg: Config) -> dict[str, Any]:
+    """Run, or resume, the training that `cfg` describes.
+
+    Returns:
+        A summary: `step`, `loss`, `eval_loss`, `tokens_per_second` (median),
+        `peak_memory_bytes`, `checkpoint`, `interrupted`.
+
+    Raises:
+        ValueError, FileNotFoundError: a config, data or checkpoint that cannot work.
+        NonFiniteLossError: names the step and the last good checkpoint.
+    """
+    console = Console()
+    run = _Run(cfg, console)
+    with run.checkpoints:
+        return run.loop()
+
+
+class _Run:
+    def __init__(self, cfg: Config, console: Console):
+        self.cfg, self.console = cfg, console
+        self.out = Path(cfg.out_dir)
+        self.source = hf.resolve(cfg.init_from) if cfg.init_from else None
+        self.model = model_config_from_hf(self.source) if self.source else cfg.model
+        assert self.model is not None  # Config makes sure of it
+        check_divisible(self.model, cfg.mesh)
+        self.mesh = make_mesh(cfg.mesh)
+        self.checkpoints = Checkpoints(self.out / "checkpoints", keep=cfg.train.keep)
+        self._check_same_run()
+        self.data = load_data(cfg.data, self.model.vocab_size)
+        self.iterator = self.data.train_iterator()
+        self.batch_sharding = NamedSharding(self.mesh, BATCH_SPEC)
+
+    def _check_same_run(self) -> None:
+        """Refuse to resume a run of another model, data or optimizer."""
+        if self.checkpoints.latest() is None:
+            return
+        before = self.checkpoints.extra().get("config", {})
+        now = json.loads(json.dumps(to_dict(self.cfg)))
+        keys = ("model", "init_from", "optim")
+        different = [k for k in keys if before.get(k) != now.get(k)]
+        if different:
+            raise ValueError(
+                f"{self.out} holds a run with other settings of {different}: "
+                f"{[(before.get(k), now.get(k)) for k in different]}; use another "
+                "--out-dir, or remove it to start again"
+            )
+
+    # --- state ---
+
+    def initial_state(self) -> tuple[int, Any]:
+        """Return (step, state): resumed, from the HF checkpoint, or fresh."""
+
+        def fresh():
+            return init_train_state(self.cfg, init_params(self.model, self._seed))
+
+        abstract = jax.eval_shape(fresh)
+        shardings = state_shardings(abstract, self.mesh)
+        abstract = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            abstract,
+            shardings,
+        )
+        restored = self.checkpoints.restore(abstract)
+        if restored is not None:
+            step, state, extra = restored
+            self.iterator.set_state(extra["data"])
+            self.console.print(f"resumed from step {step} of {self.out}")
+            return step, state
+        if self.source is None:
+            return 0, jax.jit(fresh, out_shardings=shardings)()
+        params = hf.load_params(
+            self.source,
+            self.model,
+            dtype=self.cfg.optim.param_dtype,
+            shardings=named(self.mesh, param_specs(abstract["params"])),
+        )
+        start = jax.jit(
+            lambda p: init_train_state(self.cfg, p),
+            donate_argnums=0,
+            out_shardings=shardings,
+        )
+        return 0, start(params)
+
+    @property
+    def _seed(self) -> int:
+        return self.cfg.train.seed
+
+    def save(self, step: int, state: Any) -> None:
+        source = str(self.source.absolute()) if self.source else None
+        extra = {
+            "data": self.iterator.get_state(),
+            "config": to_dict(self.cfg),
+            "model": to_dict(self.model),
+            "source": source,
+        }
+        self.checkpoints.save(step, state, extra)
+
+    # --- data ---
+
+    def next_batch(self) -> dict[str, jax.Array]:
+        micro = [next(self.iterator) for _ in range(self.cfg.train.accumulate)]
+        return self._put({k: np.stack([m[k] for m in micro]) for k in micro[0]})
+
+    def _put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        if not self.cfg.data.packing:
+            # One document a row: causal attention needs no segments, and positions
+            # count from 0 anyway. Leaving them out lets cuDNN run.
+            batch = {k: batch[k] for k in ("tokens", "labels")}
+        return jax.device_put(batch, self.batch_sharding)
+
+    def evaluate(self, eval_step: Any, params: Any) -> float | None:
+        totals = [
+            eval_step(params, self._put({k: v[None] for k, v in batch.items()}))
+            for batch in self.data.eval_batches(self.cfg.train.eval_batches)
+        ]
+        count = sum(float(c) for _, c in totals)
+        return sum(float(t) for t, _ in totals) / count if count else None
+
+    # --- the loop ---
+
+    def loop(self) -> dict[str, Any]:
+        cfg, out = self.cfg, self.out
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(to_dict(cfg), indent=2))
+        start, state = self.initial_state()
+        if start >= cfg.train.steps:
+            self.console.print(f"{out} already has all {cfg.train.steps} steps")
+        step_fn = make_train_step(cfg, self.model, self.mesh)
+        eval_fn = make_eval_step(cfg, self.model, self.mesh)
+        tokens_a_step = cfg.train.accumulate * cfg.data.batch_size * cfg.data.seq_len
+        for line in describe(cfg, self.model, self.data):
+            self.console.print(line, highlight=False)
+        if start < cfg.train.steps:
+            step_fn = self._compile(step_fn, state)
+        writer = MetricsWriter(out, start_step=start)
+        summary: dict[str, Any] = {"step": start, "interrupted": False}
+        rates: list[float] = []
+        step = saved = logged = start
+        with stop_signals() as stop, self._progress(start) as progress:
+            previous = time.perf_counter()
+            while step < cfg.train.steps and not stop:
+                if cfg.profile and step == start + 2:
+                    jax.profiler.start_trace(out / "profile")
+                batch = self.next_batch()
+                state, metrics = step_fn(state, batch)
+                step += 1
+                last = step == cfg.train.steps
+                if cfg.profile and step == start + 5:
+                    jax.block_until_ready(metrics)
+                    jax.profiler.stop_trace()
+                saves = cfg.train.save_every and (
+                    last or step % cfg.train.save_every == 0
+                )
+                if step % cfg.train.log_every == 0 or last or saves:
+                    values = {k: float(v) for k, v in metrics.items()}
+                    now = time.perf_counter()
+                    seconds, previous = (now - previous) / (step - logged), now
+                    logged = step
+                    self._check_finite(step, values, saved)
+                    rates.append(tokens_a_step / seconds)
+                    values |= self._speed(rates[-1], seconds, step)
+                    if last or step % cfg.train.eval_every == 0:
+                        values["eval_loss"] = self.evaluate(eval_fn, state["params"])
+                        previous = time.perf_counter()
+                    writer.write(step, values)
+                    summary |= {k: v for k, v in values.items() if v is not None}
+                    progress(step, values)
+                if saves:
+                    self.save(step, state)
+                    saved, previous = step, time.perf_counter()
+            if stop and step > saved:
+                self.save(step, state)
+                saved = step
+        self.checkpoints.wait()
+        writer.close()
+        plot_loss(
+            read_metrics(writer.path), out / "loss.png", floor=self.data.unigram_entropy
+        )
+        # The first steps after compilation fill caches and queues.
+        settled = sorted(rates[2:] or rates)
+        summary["step"] = step
+        summary["interrupted"] = bool(stop)
+        summary["checkpoint"] = str(out / "checkpoints" / str(saved)) if saved else None
+        if settled:
+            summary["tokens_per_second"] = settled[len(settled) // 2]
+        summary["peak_memory_bytes"] = peak_memory_bytes()
+        (out / "summary.json").write_text(json.dumps(summary, indent=2))
+        self._last_words(summary)
+        return summary
+
+    def _compile(self, step_fn: Any, state: Any) -> Any:
+        shape = (
+            self.cfg.train.accumulate, self.cfg.data.batch_size, self.cfg.data.seq_len,
+        )  # fmt: skip
+        names = ["tokens", "labels"]
+        names += ["segment_ids", "positions"] if self.cfg.data.packing else []
+        one = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
+        began = time.perf_counter()
+        compiled = step_fn.lower(state, dict.fromkeys(names, one)).compile()
+        memory = compiled.memory_analysis()
+        message = f"compiled in {time.perf_counter() - began:.1f} s"
+        if memory is not None:
+            need = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+            message += (
+                f"; needs {need / 2**30:.2f} GiB a device: state "
+                f"{memory.argument_size_in_bytes / 2**30:.2f}, temporaries "
+                f"{memory.temp_size_in_bytes / 2**30:.2f}"
+            )
+        self.console.print(message, highlight=False)
+        return compiled
+
+    def _speed(self, rate: float, seconds: float, step: int) -> dict[str, Any]:
+        flops = self.model.flops_per_token(self.cfg.data.seq_len)
+        peak = peak_flops()
+        devices = self.mesh.size
+        return {
+            "tokens_per_second": rate,
+            "step_seconds": seconds,
+            "mfu": rate * flops / (peak[1] * devices) if peak else None,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "seconds_left": seconds * (self.cfg.train.steps - step),
+        }
+
+    def _check_finite(self, step: int, values: dict[str, float], saved: int) -> None:
+        if all(np.isfinite(values[k]) for k in ("loss", "grad_norm")):
+            return
+        good = f"{self.out / 'checkpoints' / str(saved)}" if saved else "none"
+        raise NonFiniteLossError(
+            f"step {step}: loss={values['loss']}, grad_norm={values['grad_norm']}; "
+            f"last good checkpoint: {good}. Lower the learning rate, or look at the "
+            "data of this step"
+        )
+
+    @contextmanager
+    def _progress(self, start: int) -> Iterator[Any]:
+        columns = (
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console) as bar:
+            task = bar.add_task("", total=self.cfg.train.steps, completed=start)
+
+            def show(step: int, values: dict[str, Any]) -> None:
+                text = f"loss {values['loss']:.4f}"
+                if values.get("eval_loss") is not None:
+                    text += f"  held out {values['eval_loss']:.4f}"
+                text += f"  {values['tokens_per_second']:,.0f} tokens/s"
+                if values.get("mfu"):
+                    text += f"  MFU {values['mfu']:.1%}"
+                if values.get("peak_memory_bytes"):
+                    text += f"  {values['peak_memory_bytes'] / 2**30:.1f} GiB"
+                bar.update(task, completed=step, description=text)
+
+            yield show
+
+    def _last_words(self, summary: dict[str, Any]) -> None:
+        out = self.out
+        if summary["interrupted"]:
+            self.console.print(
+                f"stopped at step {summary['step']}; run the same command to go on"
+            )
+            return
+        line = f"done: {out}/loss.png, {out}/metrics.jsonl"
+        if summary["checkpoint"]:
+            line += f", {summary['checkpoint']}; next: mst-jax export {out} {out}/hf"
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+
+def describe(cfg: Config, model: ModelConfig, data: Data) -> list[str]:
+    """Return the lines that say what will run: model, data, plan, and why."""
+    batch = cfg.data.batch_size // (cfg.mesh.data * cfg.mesh.fsdp)
+    mlp = cfg.train.mlp_chunk_size
+    if mlp is None:
+        mlp = mlp_chunk_size(
+            batch, model.intermediate_size, jnp.dtype(cfg.train.compute_dtype)
+        )
+    head = cfg.train.loss_chunk_size or loss_chunk_size(batch, model.vocab_size)
+    name, why = choose_implementation(
+        model.head_size,
+        jnp.dtype(cfg.train.compute_dtype),
+        segmented=cfg.data.packing,
+    )
+    saved = {
+        "full": "layer inputs; all else is recomputed",
+        "save_attention": "layer inputs, attention output and logsumexp; the rest is "
+        "recomputed",
+        "none": "everything but what is inside a chunk",
+    }[cfg.train.remat]
+    T = cfg.data.seq_len
+    peak = peak_flops()
+    tokens = f"{data.num_tokens:,} tokens" if data.num_tokens else "streamed"
+    lines = [
+        f"model      {model.num_params:,} parameters in {cfg.optim.param_dtype}, "
+        f"computed in {cfg.train.compute_dtype}",
+        f"data       {cfg.data.source}: {tokens}, T = {T}, batch {cfg.data.batch_size} "
+        f"x {cfg.train.accumulate}",
+        f"mlp        chunks of {min(mlp, T) if mlp else T} of {T} tokens (xla)",
+        f"loss       chunks of {min(head, T)} of {T} tokens, gradients in the forward "
+        "pass (xla)",
+        f"attention  {name}" + (f": cuDNN {why}" if name == "xla" else ""),
+        f"saved      {saved}",
+        f"devices    {cfg.mesh.data * cfg.mesh.fsdp} x {jax.devices()[0].device_kind}"
+        + (f", peak {peak[1] / 1e12:.0f} TFLOP/s ({peak[0]})" if peak else ""),
+    ]
+    if data.unigram_entropy is not None:
+        entropy = f"{data.unigram_entropy:.4f} nats a token, held out"
+        lines.append(f"to beat    unigram entropy {entropy}")
+    return lines
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in the list instead of dying; a second one kills."""
+    caught: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        del frame
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        logger.warning("signal %d: saving after this step", number)
+
+    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
