@@ -161,3 +161,7 @@ def main() -> int:
     except (ValueError, FileNotFoundError, ImportError, NotImplementedError) as error:
         return _fail(error)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

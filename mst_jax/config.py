@@ -138,7 +138,7 @@ class ModelConfig:
         return 6 * matmul + 3 * attention
 
 
-_LLAMA3_ROPE = dict(theta=500000.0, original_max_position=8192)
+_LLAMA3_ROPE: dict[str, Any] = dict(theta=500000.0, original_max_position=8192)
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(),
     "llama2_7b": ModelConfig(
@@ -170,31 +170,37 @@ def model_config_from_hf(hf: dict[str, Any] | str | Path) -> ModelConfig:
             RoPE scaling this package does not have.
         FileNotFoundError: no such file.
     """
-    if not isinstance(hf, dict):
-        path = Path(hf)
-        path = path / "config.json" if path.is_dir() else path
-        hf = json.loads(path.read_text())
-    if hf.get("model_type") != "llama":
-        raise ValueError(f"model_type={hf.get('model_type')!r}: only 'llama' is known")
+    values = hf if isinstance(hf, dict) else _read_config(Path(hf))
+    if values.get("model_type") != "llama":
+        raise ValueError(
+            f"model_type={values.get('model_type')!r}: only 'llama' is known"
+        )
     for name in ("attention_bias", "mlp_bias"):
-        if hf.get(name):
+        if values.get(name):
             raise ValueError(f"config.json has {name}=true: biases are not supported")
-    if hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act={hf['hidden_act']!r}: only 'silu' is supported")
+    if values.get("hidden_act", "silu") != "silu":
+        raise ValueError(
+            f"hidden_act={values['hidden_act']!r}: only 'silu' is supported"
+        )
     return ModelConfig(
-        vocab_size=hf["vocab_size"],
-        hidden_size=hf["hidden_size"],
-        intermediate_size=hf["intermediate_size"],
-        num_layers=hf["num_hidden_layers"],
-        num_heads=hf["num_attention_heads"],
-        num_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        head_dim=hf.get("head_dim"),
-        rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-        tie_embeddings=hf.get("tie_word_embeddings", False),
-        initializer_range=hf.get("initializer_range", 0.02),
-        max_position=hf.get("max_position_embeddings", 2048),
-        rope=_rope_from_hf(hf),
+        vocab_size=values["vocab_size"],
+        hidden_size=values["hidden_size"],
+        intermediate_size=values["intermediate_size"],
+        num_layers=values["num_hidden_layers"],
+        num_heads=values["num_attention_heads"],
+        num_kv_heads=values.get("num_key_value_heads") or values["num_attention_heads"],
+        head_dim=values.get("head_dim"),
+        rms_norm_eps=values.get("rms_norm_eps", 1e-6),
+        tie_embeddings=values.get("tie_word_embeddings", False),
+        initializer_range=values.get("initializer_range", 0.02),
+        max_position=values.get("max_position_embeddings", 2048),
+        rope=_rope_from_hf(values),
     )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    path = path / "config.json" if path.is_dir() else path
+    return json.loads(path.read_text())
 
 
 def _rope_from_hf(hf: dict[str, Any]) -> RopeConfig:

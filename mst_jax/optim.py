@@ -122,7 +122,8 @@ def update(
                 lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), tree
             )
 
-        new = step(*map(pick, (carry[0], layer_gradients, carry[1])), keys[i])
+        layer, layer_state = pick(carry)
+        new = step(layer, pick(layer_gradients), layer_state, keys[i])
         return jax.tree.map(
             lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0), carry, new
         )

@@ -74,8 +74,9 @@ class _Run:
         self.cfg, self.console = cfg, console
         self.out = Path(cfg.out_dir)
         self.source = hf.resolve(cfg.init_from) if cfg.init_from else None
-        self.model = model_config_from_hf(self.source) if self.source else cfg.model
-        assert self.model is not None  # Config makes sure of it
+        model = model_config_from_hf(self.source) if self.source else cfg.model
+        assert model is not None  # Config makes sure of it
+        self.model: ModelConfig = model
         check_divisible(self.model, cfg.mesh)
         self.mesh = make_mesh(cfg.mesh)
         self.checkpoints = Checkpoints(self.out / "checkpoints", keep=cfg.train.keep)
@@ -206,7 +207,7 @@ class _Run:
                     last or step % cfg.train.save_every == 0
                 )
                 if step % cfg.train.log_every == 0 or last or saves:
-                    values = {k: float(v) for k, v in metrics.items()}
+                    values: dict[str, Any] = {k: float(v) for k, v in metrics.items()}
                     now = time.perf_counter()
                     seconds, previous = (now - previous) / (step - logged), now
                     logged = step

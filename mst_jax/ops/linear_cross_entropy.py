@@ -14,7 +14,7 @@ Cut Cross-Entropy (arXiv 2411.09009) compute gradients in the forward pass.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,7 @@ def linear_cross_entropy(
     chunks = to_chunks((hidden, labels), num_chunks, size, 1)
     weights = to_chunks(weights, num_chunks, size, 1)
     total = _weighted_sum(options, chunks[0], weight, chunks[1], weights)
-    return total, weights.sum()
+    return cast(jax.Array, total), weights.sum()
 
 
 def token_log_probs(
@@ -189,7 +189,7 @@ def _losses(options: _Options, x, weight, labels):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted_sum(options: _Options, x_MBCD, weight, labels_MBC, weights_MBC):
+def _weighted_sum(options: _Options, x_MBCD, weight, labels_MBC, weights_MBC) -> Any:
     def body(total, chunk):
         x, labels, weights = chunk
         losses = _losses(options, x, weight, labels)[-1]

@@ -9,6 +9,7 @@ up are recomputed, 11 matrix products in all. Memory: O(T F) -> O(C F).
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def swiglu(
     length = x.shape[1]
     num_chunks, size = split_length(length, chunk_size)
     y_MBCD = _chunked(activation, to_chunks(x, num_chunks, size, 1), *weights)
-    return from_chunks(y_MBCD, length, 1)
+    return from_chunks(cast(jax.Array, y_MBCD), length, 1)
 
 
 def mlp_chunk_size(batch: int, ffn_size: int, dtype: jnp.dtype) -> int:
@@ -74,7 +75,7 @@ def _mlp(activation, x, w_gate, w_up, w_down):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(activation, x_MBCD, w_gate, w_up, w_down):
+def _chunked(activation, x_MBCD, w_gate, w_up, w_down) -> Any:
     def one(x):
         return _mlp(activation, x, w_gate, w_up, w_down)
 

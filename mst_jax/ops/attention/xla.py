@@ -9,6 +9,7 @@ what their lengths cost. The backward pass keeps q, k, v, the output and the log
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,8 @@ class _Mask:
         if self.softcap:
             s = self.softcap * jnp.tanh(s / self.softcap)
         distance = q_index[:, None] - k_index[None]
-        mask = jnp.broadcast_to(k_index[None] < self.length, distance.shape)
+        # Pad queries see pad keys, themselves at least: a row without keys is NaN.
+        mask = (k_index[None] < self.length) | (q_index[:, None] >= self.length)
         if self.causal:
             mask &= distance >= 0
         if self.window:
@@ -67,18 +69,18 @@ def flash_attention(q, k, v, segment_ids, *, causal, window, softcap, block=BLOC
     block = min(block, -(-T // 16) * 16)
     pad = -T % block
     segments = jnp.zeros((B, T), jnp.int32) if segment_ids is None else segment_ids
-    # Pad rows repeat the last segment, so that every row sees a key: itself.
+    # Pad rows repeat the last segment: they make no new block pairs.
     segments = jnp.pad(segments, ((0, 0), (0, pad)), mode="edge")
     q, k, v = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))) for a in (q, k, v))
     q = q.reshape(B, T + pad, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k, v = (a.transpose(0, 2, 1, 3) for a in (k, v))
     mask = _Mask(T, block, causal, window, softcap)
-    out = _flash(mask, q, k, v, segments)
+    out = cast(jax.Array, _flash(mask, q, k, v, segments))
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T + pad, N, H)[:, :T]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _flash(mask, q, k, v, segments):
+def _flash(mask, q, k, v, segments) -> Any:
     return _forward(mask, q, k, v, segments)[0]
 
 
