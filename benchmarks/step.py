@@ -55,7 +55,8 @@ def make_text(path: Path) -> None:
 
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(p for p in root.rglob("*.py") if "site-packages" not in p.parts)
-    path.write_bytes(b"\n".join(p.read_bytes() for p in files)[: 16 * 2**20])
+    text = "\n".join(p.read_text(errors="ignore") for p in files)
+    path.write_text(text[: 16 * 2**20])
 
 
 def run(work: Path, name: str, tokens: int, extra: list[str], args) -> dict:
@@ -73,7 +74,7 @@ def run(work: Path, name: str, tokens: int, extra: list[str], args) -> dict:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout[-1500:], done.stderr[-3000:] if done.returncode else "")
     if done.returncode:
-        return {"row": name, "tokens": tokens, "error": done.stderr[-300:]}
+        return {"row": name, "tokens": tokens, "error": done.stderr.strip()[-300:]}
     summary = json.loads((out / "summary.json").read_text())
     peak = summary.get("peak_memory_bytes")
     return {
@@ -185,6 +186,8 @@ def write(args, results: list[dict], notes: list[str], made: float) -> None:
     ]
     (args.out / f"step-{date}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+    if any("error" in r for r in results):
+        raise SystemExit("a row failed")
 
 
 if __name__ == "__main__":
