@@ -8,6 +8,7 @@ nowhere else.
 import dataclasses
 import difflib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -210,14 +211,27 @@ def _rope_from_hf(hf: dict[str, Any]) -> RopeConfig:
     known = ("default", "linear", "dynamic", "yarn", "llama3")
     if kind not in known:
         raise ValueError(f"rope_type={kind!r} is not one of {known}")
+    partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        raise ValueError(f"partial_rotary_factor={partial}: only whole heads are known")
     position = hf.get("max_position_embeddings", 2048)
+    original = rope.get("original_max_position_embeddings") or position
+    # transformers derives yarn's factor, and does not read a dynamic original length.
+    factor = rope.get("factor") or (position / original if kind == "yarn" else None)
+    if factor is None and kind != "default":
+        raise ValueError(f"rope_type={kind!r} has no factor: {rope}")
+    attention_factor = rope.get("attention_factor")
+    mscale, mscale_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    if attention_factor is None and mscale and mscale_all and factor > 1:
+        log = 0.1 * math.log(factor)
+        attention_factor = (mscale * log + 1) / (mscale_all * log + 1)
     optional = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
     return RopeConfig(
         theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
         type=kind,
-        factor=rope.get("factor", 1.0),
-        original_max_position=rope.get("original_max_position_embeddings") or position,
-        attention_factor=rope.get("attention_factor"),
+        factor=factor or 1.0,
+        original_max_position=position if kind == "dynamic" else original,
+        attention_factor=attention_factor,
         **{k: rope[k] for k in optional if rope.get(k) is not None},
     )
 
