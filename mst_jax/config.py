@@ -11,26 +11,57 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 Remat = Literal["full", "save_attention", "none"]
 
 
-def _positive(owner: object, *names: str) -> None:
-    for name in names:
+def _check_types(owner: Any) -> None:
+    """Hold every field to its annotation; numbers are finite, strings not empty."""
+    for name, hint in get_type_hints(type(owner)).items():
         value = getattr(owner, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{type(owner).__name__}.{name}={value} must be positive")
+        if get_origin(hint) is Literal:
+            _one_of(owner, name, get_args(hint))
+            continue
+        kinds = get_args(hint) or (hint,)
+        wanted = " or ".join("None" if k is NoneType else k.__name__ for k in kinds)
+        allowed = (*kinds, int) if float in kinds else kinds
+        wrong_bool = isinstance(value, bool) and bool not in kinds
+        if wrong_bool or not isinstance(value, allowed):
+            _fail(owner, name, f"must be {wanted}, not {type(value).__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            _fail(owner, name, f"must be a finite {wanted}")
+        if value == "":
+            _fail(owner, name, f"must be a {wanted} that is not empty")
 
 
-def _one_of(owner: object, name: str, options: tuple[str, ...]) -> None:
+def _one_of(owner: Any, name: str, options: tuple[str, ...]) -> None:
     value = getattr(owner, name)
     if value not in options:
         close = difflib.get_close_matches(str(value), options, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(
-            f"{type(owner).__name__}.{name}={value!r} is not one of {options}{hint}"
-        )
+        _fail(owner, name, f"is not one of {options}{hint}")
+
+
+def _positive(owner: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and value <= 0:
+            nullable = NoneType in get_args(get_type_hints(type(owner))[name])
+            _fail(owner, name, "must be positive" + (", or None" if nullable else ""))
+
+
+def _not_negative(owner: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and value < 0:
+            _fail(owner, name, "is negative; it must be 0 or more")
+
+
+def _fail(owner: Any, name: str, rest: str) -> NoReturn:
+    value = getattr(owner, name)
+    raise ValueError(f"{type(owner).__name__}.{name}={value!r} {rest}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +88,17 @@ class RopeConfig:
     """yarn: scale of cos and sin; None takes 0.1 ln(factor) + 1."""
 
     def __post_init__(self):
-        _positive(self, "theta", "factor", "original_max_position")
-        _one_of(self, "type", ("default", "linear", "dynamic", "yarn", "llama3"))
-        if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
-                f"RopeConfig.high_freq_factor={self.high_freq_factor} must be larger "
-                f"than low_freq_factor={self.low_freq_factor}"
-            )
+        _check_types(self)
+        _positive(
+            self, "theta", "factor", "original_max_position", "low_freq_factor",
+            "beta_fast", "beta_slow", "attention_factor",
+        )  # fmt: skip
+        for kind, name, low in (
+            ("llama3", "high_freq_factor", "low_freq_factor"),
+            ("yarn", "beta_fast", "beta_slow"),
+        ):
+            if self.type == kind and getattr(self, name) <= getattr(self, low):
+                _fail(self, name, f"must be larger than {low}={getattr(self, low)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,23 +133,20 @@ class ModelConfig:
     """Rotary position embedding."""
 
     def __post_init__(self):
+        _check_types(self)
         _positive(
             self, "vocab_size", "hidden_size", "intermediate_size", "num_layers",
             "num_heads", "num_kv_heads", "head_dim", "sliding_window",
-            "rms_norm_eps", "max_position",
+            "rms_norm_eps", "initializer_range", "max_position",
         )  # fmt: skip
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"ModelConfig.num_kv_heads={self.num_kv_heads} must divide "
-                f"num_heads={self.num_heads}"
-            )
+            _fail(self, "num_kv_heads", f"must divide num_heads={self.num_heads}")
         if self.head_dim is None and self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"ModelConfig.hidden_size={self.hidden_size} is no multiple of "
-                f"num_heads={self.num_heads}; set head_dim"
-            )
+            rest = f"is no multiple of num_heads={self.num_heads}; set head_dim"
+            _fail(self, "hidden_size", rest)
         if self.head_size % 2:
-            raise ValueError(f"ModelConfig: head_dim={self.head_size} must be even")
+            rest = f"gives heads of {self.head_size}: RoPE needs an even size"
+            _fail(self, "head_dim", rest)
 
     @property
     def head_size(self) -> int:
@@ -134,7 +166,7 @@ class ModelConfig:
         """Forward + backward FLOPs a token, causal attention, nothing recomputed."""
         embedding = self.vocab_size * self.hidden_size
         matmul = self.num_params - (0 if self.tie_embeddings else embedding)
-        seen = min(seq_len / 2, self.sliding_window or seq_len)
+        seen = min(seq_len / 2, float(self.sliding_window or seq_len))
         attention = 4 * self.num_layers * self.num_heads * self.head_size * seen
         return 6 * matmul + 3 * attention
 
@@ -167,8 +199,8 @@ def model_config_from_hf(hf: dict[str, Any] | str | Path) -> ModelConfig:
         hf: the parsed dictionary, the file, or the directory that holds it.
 
     Raises:
-        ValueError: another architecture, a bias, an activation other than SiLU, or a
-            RoPE scaling this package does not have.
+        ValueError: another architecture, a missing key, a bias, an activation other
+            than SiLU, or a RoPE scaling this package does not have.
         FileNotFoundError: no such file.
     """
     values = hf if isinstance(hf, dict) else _read_config(Path(hf))
@@ -183,6 +215,12 @@ def model_config_from_hf(hf: dict[str, Any] | str | Path) -> ModelConfig:
         raise ValueError(
             f"hidden_act={values['hidden_act']!r}: only 'silu' is supported"
         )
+    needed = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads",
+    )  # fmt: skip
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(f"config.json lacks {missing}")
     return ModelConfig(
         vocab_size=values["vocab_size"],
         hidden_size=values["hidden_size"],
@@ -208,7 +246,7 @@ def _rope_from_hf(hf: dict[str, Any]) -> RopeConfig:
     # transformers 5 writes rope_parameters (theta inside); 4 wrote rope_scaling.
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    known = ("default", "linear", "dynamic", "yarn", "llama3")
+    known = get_args(get_type_hints(RopeConfig)["type"])
     if kind not in known:
         raise ValueError(f"rope_type={kind!r} is not one of {known}")
     partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
@@ -262,13 +300,12 @@ class DataConfig:
     """Stream an HF dataset instead of downloading it."""
 
     def __post_init__(self):
+        _check_types(self)
         _positive(self, "seq_len", "batch_size")
         if not 0 <= self.holdout < 1:
-            raise ValueError(f"DataConfig.holdout={self.holdout} must be in [0, 1)")
+            _fail(self, "holdout", "must be in [0, 1)")
         if self.streaming and not self.source.startswith("hf:"):
-            raise ValueError(
-                f"DataConfig.streaming needs source='hf:NAME', got {self.source!r}"
-            )
+            _fail(self, "source", "cannot stream: set source='hf:NAME' or no streaming")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,14 +337,14 @@ class OptimConfig:
     updated with stochastic rounding, since plain bf16 updates vanish."""
 
     def __post_init__(self):
-        _positive(self, "learning_rate", "clip_norm")
-        _one_of(self, "name", ("adamw", "adafactor", "lion", "sgd"))
-        _one_of(self, "schedule", ("cosine", "linear", "constant"))
-        _one_of(self, "param_dtype", ("float32", "bfloat16"))
-        if self.warmup_steps < 0:
-            raise ValueError(
-                f"OptimConfig.warmup_steps={self.warmup_steps} is negative"
-            )
+        _check_types(self)
+        _positive(self, "learning_rate", "eps", "clip_norm")
+        _not_negative(self, "warmup_steps", "weight_decay")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                _fail(self, name, "must be in [0, 1)")
+        if not 0 <= self.end_factor <= 1:
+            _fail(self, "end_factor", "must be in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,6 +357,7 @@ class MeshConfig:
     """Shards of every parameter."""
 
     def __post_init__(self):
+        _check_types(self)
         _positive(self, "data", "fsdp")
 
 
@@ -354,14 +392,10 @@ class TrainConfig:
     """Seed of fresh weights and of stochastic rounding."""
 
     def __post_init__(self):
+        _check_types(self)
         _positive(self, "steps", "accumulate", "eval_every", "eval_batches", "keep")
         _positive(self, "loss_chunk_size", "log_every")
-        _one_of(self, "compute_dtype", ("float32", "bfloat16"))
-        _one_of(self, "remat", ("full", "save_attention", "none"))
-        for name in ("mlp_chunk_size", "save_every"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"TrainConfig.{name}={value} is negative")
+        _not_negative(self, "mlp_chunk_size", "save_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,6 +421,7 @@ class Config:
     """The run."""
 
     def __post_init__(self):
+        _check_types(self)
         if self.model is None and self.init_from is None:
             raise ValueError("Config needs a model or init_from (an HF checkpoint)")
         if self.model is not None and self.init_from is not None:
@@ -434,10 +469,12 @@ _NESTED = {
 
 
 def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}={values!r} must be a dictionary")
     names = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in names:
-            close = difflib.get_close_matches(key, names, n=1)
+            close = difflib.get_close_matches(str(key), names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known: {names}"
             raise ValueError(f"unknown key {where}.{key}{hint}")
     return cls(**{
