@@ -1,0 +1,61 @@
+"""The notebooks run from top to bottom, hold no outputs and define nothing."""
+
+import ast
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from jupyter_client import AsyncKernelManager
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(path):
+    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+
+
+@notebooks
+def test_runs(path, monkeypatch):
+    # A kernel of this very Python, whatever kernels the machine has registered, and
+    # without the virtual devices of conftest.py.
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    kernel = AsyncKernelManager(kernel_name="python3")
+    kernel.kernel_spec.argv = [
+        sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}",
+    ]  # fmt: skip
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, km=kernel, timeout=300).execute()
+    printed = [
+        output.text
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "stream" and output.name == "stderr"
+    ]
+    assert not any("Warning" in text for text in printed), printed
+
+
+@notebooks
+def test_is_committed_without_outputs(path):
+    for cell in code_cells(path):
+        assert cell.outputs == [] and cell.execution_count is None
+
+
+@notebooks
+def test_defines_nothing(path):
+    for cell in code_cells(path):
+        lines = cell.source.splitlines()
+        source = "\n".join(
+            line.replace(line.lstrip(), "pass") if line.lstrip()[:1] in "%!" else line
+            for line in lines
+        )
+        defined = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, defined)]
+        assert not nodes, [node.name for node in nodes]
