@@ -1,0 +1,297 @@
+"""What only a GPU shows: cuDNN, bf16 at the width of an 8B model, long sequences.
+
+Llama3-8B's width: D=4096, F=14336, V=128256, 32 query and 8 key/value heads of 128.
+References are computed in f32 on the GPU too, in blocks that fit.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mst_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from mst_jax.loss import next_token_loss
+from mst_jax.model import from_params, init_params
+from mst_jax.ops.attention import attention, choose_implementation
+from mst_jax.ops.linear_cross_entropy import linear_cross_entropy
+from mst_jax.ops.swiglu import swiglu
+from mst_jax.sharding import make_mesh
+from mst_jax.train_step import init_train_state, make_train_step
+
+pytestmark = pytest.mark.gpu
+
+N, K, H = 32, 8, 128
+D, F, V = 4096, 14336, 128256
+LENGTHS = (4096, 8192)
+BLOCK = 1024  # of the references
+OP_LENGTH = 4096  # of swiglu and linear_cross_entropy
+MODEL_LENGTH = 4096
+STEP_LENGTH = 16384
+
+
+def errors(got, want):
+    """Return relative errors, of the norms, each computed on the device."""
+
+    @jax.jit
+    def relative(a, b):
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(b.ravel())
+
+    found = [float(relative(a, b)) for a, b in zip(got, want, strict=True)]
+    assert np.isfinite(found).all()
+    return found
+
+
+def assert_no_worse(ours, theirs, factor=1.2, epsilon=1e-4):
+    for i, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+        assert our < factor * their + epsilon, (i, ours, theirs)
+
+
+def normal(seed, *shape, scale=1.0, dtype=jnp.bfloat16):
+    return (jax.random.normal(jax.random.key(seed), shape) * scale).astype(dtype)
+
+
+def blockwise(q, k, v, segment_ids, *, block=BLOCK):
+    """Causal attention in the dtype of q, scores and softmax of a query block in f32.
+
+    In f32 the reference, in bf16 what one would write without flash attention.
+    """
+    groups = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(a, groups, axis=2) for a in (k, v))
+    precision = "highest" if q.dtype == jnp.float32 else None
+
+    @jax.checkpoint
+    def one(start):
+        q_i = jax.lax.dynamic_slice_in_dim(q, start, block, 1)
+        index = start + jnp.arange(block)
+        scores = jnp.einsum("BTNH,BSNH->BNTS", q_i, k, precision=precision)
+        scores = scores.astype(jnp.float32) * q.shape[-1] ** -0.5
+        mask = (index[:, None] >= jnp.arange(q.shape[1]))[None]
+        if segment_ids is not None:
+            segment_i = jax.lax.dynamic_slice_in_dim(segment_ids, start, block, 1)
+            mask = mask & (segment_i[:, :, None] == segment_ids[:, None])
+        weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
+        weights = weights.astype(q.dtype)
+        return jnp.einsum("BNTS,BSNH->BTNH", weights, v, precision=precision)
+
+    out = jax.lax.map(one, jnp.arange(0, q.shape[1], block))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+
+def out_and_gradients(fn, args, d_out):
+    @jax.jit
+    def run(args, d_out):
+        out, vjp = jax.vjp(fn, *args)
+        return out, *vjp(d_out.astype(out.dtype))
+
+    return run(args, d_out)
+
+
+def make_attention(T):
+    heads = enumerate((N, K, K, N))
+    q, k, v, d_out = (normal(seed, 1, T, n, H) for seed, n in heads)
+    return (q, k, v), d_out
+
+
+def check_attention(T, implementation, segment_ids=None, **options):
+    args, d_out = make_attention(T)
+    wide = [a.astype(jnp.float32) for a in args]
+    plain = partial(blockwise, segment_ids=segment_ids, block=min(BLOCK, T))
+    want = out_and_gradients(plain, wide, d_out)
+    theirs = errors(out_and_gradients(plain, args, d_out), want)
+    fn = partial(
+        attention, implementation=implementation, segment_ids=segment_ids, **options
+    )
+    got = out_and_gradients(fn, args, d_out)
+    assert [a.dtype for a in got] == [jnp.bfloat16] * 4
+    assert_no_worse(errors(got, want), theirs)
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("implementation", ["cudnn", "xla"])
+def test_attention(T, implementation):
+    check_attention(T, implementation)
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+def test_packed_attention(T):
+    lengths = np.random.default_rng(0).integers(1, T // 4, 32)
+    ends = np.cumsum(lengths)
+    segments = np.searchsorted(ends, np.arange(T), "right") + 1
+    check_attention(T, "xla", jnp.asarray(segments, jnp.int32)[None])
+
+
+@pytest.mark.parametrize("window", [1, 1000])
+def test_cudnn_window_is_that_of_xla(window):
+    args, d_out = make_attention(LENGTHS[0])
+
+    def run(implementation):
+        fn = partial(attention, implementation=implementation, sliding_window=window)
+        return out_and_gradients(fn, args, d_out)
+
+    got, want = run("cudnn"), run("xla")
+    if window == 1:  # out is v; the gradients of q and k are 0
+        got, want = (got[0], got[3]), (want[0], want[3])
+    assert max(errors(got, want)) < 1e-2  # both are within 5e-3 of f32
+
+
+def test_cudnn_is_what_runs():
+    for head_size in (64, 128):
+        name, why = choose_implementation(head_size, jnp.bfloat16, segmented=False)
+        assert name == "cudnn", why
+    args, d_out = make_attention(LENGTHS[0])
+    text = jax.jit(attention).lower(*args).compile().as_text()
+    assert "cudnn" in text
+
+
+def test_swiglu_at_8b_width():
+    T = OP_LENGTH
+    weights = [
+        normal(1, D, F, scale=D**-0.5),
+        normal(2, D, F, scale=D**-0.5),
+        normal(3, F, D, scale=F**-0.5),
+    ]
+    args, dy = (normal(0, 1, T, D), *weights), normal(4, 1, T, D)
+
+    def run(args, chunk_size):
+        with jax.default_matmul_precision("highest"):
+            fn = partial(swiglu, chunk_size=chunk_size)
+            return out_and_gradients(fn, args, dy)
+
+    want = run([a.astype(jnp.float32) for a in args], 0)
+    theirs = errors(run(args, 0), want)
+    for chunk_size in (T // 8, T // 4 - 24, None):
+        assert_no_worse(errors(run(args, chunk_size), want), theirs)
+
+
+def plain_loss(x, w, labels):
+    """The loss as one writes it: logits in the dtype of x, log-softmax in f32."""
+
+    @jax.checkpoint
+    def one(x, labels):
+        precision = "highest" if x.dtype == jnp.float32 else None
+        logits = jnp.matmul(x, w, precision=precision).astype(jnp.float32)
+        label_logit = jnp.take_along_axis(
+            logits, jnp.maximum(labels, 0)[:, None], axis=-1
+        )[:, 0]
+        loss = jax.nn.logsumexp(logits, axis=-1) - label_logit
+        return jnp.where(labels == -100, 0, loss).sum()
+
+    size = min(BLOCK, x.shape[1])
+    blocks = x.reshape(-1, size, x.shape[-1]), labels.reshape(-1, size)
+    return jax.lax.map(lambda block: one(*block), blocks).sum()
+
+
+def test_linear_cross_entropy_at_8b_width():
+    T = OP_LENGTH
+    x, w = normal(0, 1, T, D), normal(1, D, V, scale=2 * D**-0.5)
+    labels = jax.random.randint(jax.random.key(2), (1, T), 0, V)
+    labels = jnp.where(
+        jax.random.bernoulli(jax.random.key(3), 0.2, (1, T)), -100, labels
+    )
+
+    def run(fn, *args):
+        value, grads = jax.jit(jax.value_and_grad(fn, (0, 1)))(*args)
+        return value, *grads
+
+    want = run(
+        partial(plain_loss, labels=labels), x.astype(jnp.float32), w.astype(jnp.float32)
+    )
+    theirs = errors(run(partial(plain_loss, labels=labels), x, w), want)
+    for chunk_size in (T // 8, T // 4 - 24, None):
+
+        def ours(x, w, chunk_size=chunk_size):
+            return linear_cross_entropy(x, w, labels, chunk_size=chunk_size)[0]
+
+        assert_no_worse(errors(run(ours, x, w), want), theirs)
+
+
+def two_layers():
+    return ModelConfig(
+        vocab_size=V, hidden_size=D, intermediate_size=F, num_layers=2, num_heads=N,
+        num_kv_heads=K, head_dim=H,
+    )  # fmt: skip
+
+
+def make_batch(T, seed=0):
+    tokens = jax.random.randint(jax.random.key(seed), (1, T + 1), 0, V)
+    return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:]}
+
+
+def test_chunked_model_equals_unchunked():
+    cfg, batch = two_layers(), make_batch(MODEL_LENGTH)
+
+    @partial(jax.jit, static_argnums=(1, 2))
+    def run(params, train, implementation):
+        def loss(params):
+            model = from_params(cfg, params)
+            total, count = next_token_loss(
+                model, batch, train, implementation=implementation
+            )
+            return total / count
+
+        return jax.value_and_grad(loss)(params)
+
+    def in_bf16():
+        return jax.tree.map(lambda p: p.astype(jnp.bfloat16), init_params(cfg, 0))
+
+    params = jax.jit(in_bf16)()
+    whole = TrainConfig(mlp_chunk_size=0, loss_chunk_size=MODEL_LENGTH, remat="none")
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    with jax.default_matmul_precision("highest"):
+        want = jax.tree.leaves(run(wide, whole, "xla"))
+    del wide
+    theirs = errors(jax.tree.leaves(run(params, whole, None)), want)
+    for remat in ("full", "save_attention"):
+        chunks = {"mlp_chunk_size": MODEL_LENGTH // 8 + 3, "loss_chunk_size": 1000}
+        train = TrainConfig(remat=remat, **chunks)
+        got = jax.tree.leaves(run(params, train, None))
+        assert_no_worse(errors(got, want), theirs)
+
+
+def cudnn_forwards(cfg, remat):
+    """Count cuDNN's forward calls in a compiled gradient."""
+    params = jax.eval_shape(
+        lambda: jax.tree.map(lambda p: p.astype(jnp.bfloat16), init_params(cfg, 0))
+    )
+    tokens = jnp.zeros((1, 1024), jnp.int32)
+
+    def loss(params):
+        return from_params(cfg, params)(tokens, remat=remat).astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(loss)).lower(params).compile().as_text()
+    calls = [line for line in text.splitlines() if "custom_call_target" in line]
+    return sum("fmhaSoftmax" in line and "Backward" not in line for line in calls)
+
+
+def test_save_attention_does_not_run_cudnn_twice():
+    cfg = two_layers()
+    counts = {r: cudnn_forwards(cfg, r) for r in ("full", "save_attention", "none")}
+    assert counts["save_attention"] == counts["none"] > 0, counts
+    assert counts["full"] == 2 * counts["none"], counts
+
+
+def test_long_train_step_learns():
+    T = STEP_LENGTH
+    model = two_layers()
+    cfg = Config(
+        model=model,
+        data=DataConfig(seq_len=T, batch_size=1),
+        optim=OptimConfig(
+            name="adafactor", learning_rate=2e-4, warmup_steps=0,
+            param_dtype="bfloat16", schedule="constant",
+        ),
+        train=TrainConfig(steps=3),
+    )  # fmt: skip
+    batch = {k: v[None] for k, v in make_batch(T).items()}
+    state = jax.jit(lambda: init_train_state(cfg, init_params(model, 0)))()
+    step = make_train_step(cfg, model, make_mesh(cfg.mesh))
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+        assert np.isfinite(float(metrics["grad_norm"])) and metrics["tokens"] == T
+    assert abs(losses[0] - np.log(V)) < 1.5  # fresh weights know nothing
+    assert losses[0] > losses[1] > losses[2], losses
