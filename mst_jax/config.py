@@ -255,8 +255,9 @@ def _rope_from_hf(hf: dict[str, Any]) -> RopeConfig:
     position = hf.get("max_position_embeddings", 2048)
     original = rope.get("original_max_position_embeddings") or position
     # transformers derives yarn's factor, and does not read a dynamic original length.
-    factor = rope.get("factor") or (position / original if kind == "yarn" else None)
-    if factor is None and kind != "default":
+    derived = {"default": 1.0, "yarn": position / original}
+    factor = rope.get("factor") or derived.get(kind)
+    if factor is None:
         raise ValueError(f"rope_type={kind!r} has no factor: {rope}")
     attention_factor = rope.get("attention_factor")
     mscale, mscale_all = rope.get("mscale"), rope.get("mscale_all_dim")
@@ -267,7 +268,7 @@ def _rope_from_hf(hf: dict[str, Any]) -> RopeConfig:
     return RopeConfig(
         theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
         type=kind,
-        factor=factor or 1.0,
+        factor=factor,
         original_max_position=position if kind == "dynamic" else original,
         attention_factor=attention_factor,
         **{k: rope[k] for k in optional if rope.get(k) is not None},

@@ -394,6 +394,14 @@ def test_reads_the_oldest_hf_config():
     assert cfg.rope == RopeConfig(type="linear", factor=2, original_max_position=4096)
 
 
+def test_reads_rope_without_a_factor():
+    default = {"rope_type": "default", "factor": None, "mscale": 1, "mscale_all_dim": 2}
+    assert model_config_from_hf(LLAMA3_8B | {"rope_scaling": default}).rope.factor == 1
+    yarn = {"rope_type": "yarn", "original_max_position_embeddings": 2048}
+    rope = model_config_from_hf(LLAMA3_8B | {"rope_scaling": yarn}).rope
+    assert (rope.factor, rope.original_max_position) == (4, 2048)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -410,6 +418,8 @@ def test_reads_the_oldest_hf_config():
             {"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}},
             "rope_type='su' is not one of",
         ),
+        ({"rope_scaling": {"type": "linear"}}, "rope_type='linear' has no factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: only whole heads"),
         ({"num_key_value_heads": 5}, "num_kv_heads=5 must divide num_heads=32"),
         ({"hidden_size": "4096"}, "ModelConfig.hidden_size='4096' must be int"),
     ],
