@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-CHUNK_BYTES = 2**30
+CHUNK_BYTES = 2**31
 """Budget of one chunk's intermediates when no chunk size is given."""
 
 
@@ -67,7 +67,7 @@ def mini_sequence(
         params: pytree of arrays, whole in every call.
         x: pytree of arrays, all of the same length T along `axis`.
         chunk_size: most tokens of a chunk; None keeps what one chunk computes below
-            1 GiB. T need not be a multiple.
+            2 GiB. T need not be a multiple.
         axis: the sequence axis, of every leaf of x and of the result.
 
     Returns:
