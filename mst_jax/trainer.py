@@ -123,11 +123,18 @@ class _Run:
             return step, state
         if self.source is None:
             return 0, jax.jit(fresh, out_shardings=shardings)()
+        began = time.perf_counter()
         params = hf.load_params(
             self.source,
             self.model,
             dtype=self.cfg.optim.param_dtype,
             shardings=named(self.mesh, param_specs(abstract["params"])),
+        )
+        jax.block_until_ready(params)
+        seconds = time.perf_counter() - began
+        size = sum(p.nbytes for p in jax.tree.leaves(params)) / 2**30
+        self.console.print(
+            f"read {size:.2f} GiB of weights in {seconds:.1f} s", highlight=False
         )
         start = jax.jit(
             lambda p: init_train_state(self.cfg, p),
