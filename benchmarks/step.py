@@ -24,6 +24,7 @@ ROWS = {
     # name: (tokens, extra options)
     "65536": (65536, []),
     "32768": (32768, []),
+    "32768 remat none": (32768, ["--train.remat", "none"]),
     "16384": (16384, []),
     "16384 unchunked": (
         16384,
@@ -72,7 +73,7 @@ def run(work: Path, name: str, tokens: int, extra: list[str], args) -> dict:
     ]  # fmt: skip
     began = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    print(done.stdout[-1500:], done.stderr[-3000:] if done.returncode else "")
+    print(done.stdout[-1800:], done.stderr[-3000:] if done.returncode else "")
     if done.returncode:
         return {"row": name, "tokens": tokens, "error": done.stderr.strip()[-300:]}
     summary = json.loads((out / "summary.json").read_text())
