@@ -4,7 +4,8 @@
         --init-from meta-llama/Llama-3.2-1B --data.source documents/
 
 bfloat16 weights with stochastic rounding, Adafactor, everything but layer inputs
-recomputed, MLP and LM head on mini-sequences.
+recomputed, MLP and LM head on mini-sequences. Not measured on a 16 GB GPU yet; see
+tests/test_memory.py for the compiled figure.
 """
 
 from mst_jax.config import Config, DataConfig, OptimConfig, TrainConfig
