@@ -8,8 +8,8 @@ moment), attention saved, all else recomputed, MLP and LM head on mini-sequences
 document a row, so that attention runs on cuDNN; a document longer than a row is cut.
 
 Measured with SGD in Adafactor's place on an H200, 2026-11-24: 5009 tokens/s, 68.8 GiB
-peak at 65,536 tokens (docs/benchmarks/step-2026-11-24-b.md). Adafactor itself was compiled
-for an H200, not run.
+peak at 65,536 tokens (docs/benchmarks/step-2026-11-24-b.md). Adafactor itself was
+compiled for an H200, not run.
 """
 
 from mst_jax.config import Config, DataConfig, OptimConfig, TrainConfig
