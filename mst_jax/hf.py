@@ -300,12 +300,14 @@ def hf_config(
         differs = rope.original_max_position != cfg.max_position
         if differs or rope.type in ("llama3", "yarn"):
             scaling["original_max_position_embeddings"] = rope.original_max_position
-    own = {"llama3": ("low_freq_factor", "high_freq_factor"),
-           "yarn": ("beta_fast", "beta_slow", "attention_factor")}  # fmt: skip
+    own = {
+        "llama3": ("low_freq_factor", "high_freq_factor"),
+        "yarn": ("beta_fast", "beta_slow", "truncate", "attention_factor"),
+    }
     values = {key: getattr(rope, key) for key in own.get(rope.type, ())}
     scaling |= {key: value for key, value in values.items() if value is not None}
     old = base.get("rope_parameters") or base.get("rope_scaling") or {}
-    kept = ("mscale", "mscale_all_dim", "truncate", "partial_rotary_factor")
+    kept = ("mscale", "mscale_all_dim", "partial_rotary_factor")
     scaling |= {key: old[key] for key in kept if key in old}
     return base | dict(
         architectures=["LlamaForCausalLM"], model_type="llama", dtype=dtype,

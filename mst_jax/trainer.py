@@ -23,8 +23,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mst_jax import hf
 from mst_jax.checkpoint import Checkpoints
-from mst_jax.config import Config, ModelConfig, model_config_from_hf, to_dict
+from mst_jax.config import Config, ModelConfig, to_dict
 from mst_jax.data import Data, load_data
+from mst_jax.hf_config import model_config_from_hf
 from mst_jax.metrics import (
     MetricsWriter,
     peak_flops,

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mst_jax import hf
-from mst_jax.config import PRESETS, ModelConfig, RopeConfig, model_config_from_hf
+from mst_jax.config import PRESETS, ModelConfig, RopeConfig
+from mst_jax.hf_config import model_config_from_hf
 
 SIZES = dict(
     vocab_size=96, hidden_size=32, intermediate_size=80, num_hidden_layers=3,
@@ -230,6 +231,8 @@ ROPES = {
     "dynamic": RopeConfig(type="dynamic", factor=2.0, original_max_position=1024),
     "yarn": RopeConfig(type="yarn", factor=4.0, original_max_position=256,
                        beta_fast=16.0, beta_slow=2.0, attention_factor=1.5),
+    "yarn_exact": RopeConfig(type="yarn", factor=4.0, original_max_position=256,
+                             truncate=False),
     "yarn_plain": RopeConfig(type="yarn", factor=4.0, original_max_position=256),
     "llama3": RopeConfig(type="llama3", factor=8.0, original_max_position=256,
                          theta=5e5, low_freq_factor=2.0, high_freq_factor=8.0),
@@ -277,7 +280,8 @@ def test_source_files_and_unknown_fields_survive(tmp_path):
     got = json.loads((tmp_path / "out" / "config.json").read_text())
     assert got["eos_token_id"] == [7, 8] and got["my_field"] == 1
     assert "quantization_config" not in got and "torch_dtype" not in got
-    assert got["rope_parameters"]["truncate"] is False
+    # RoPE is the model's, not the source's: nothing of a changed scaling stays.
+    assert got["rope_parameters"]["truncate"] is True
     assert model_config_from_hf(got) == cfg
     with pytest.raises(FileNotFoundError, match="'nowhere' is not a directory"):
         hf.export_hf(random_params(cfg), cfg, tmp_path / "new", source_dir="nowhere")

@@ -18,7 +18,8 @@ torch = pytest.importorskip("torch")
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from mst_jax import hf  # noqa: E402
-from mst_jax.config import TrainConfig, model_config_from_hf  # noqa: E402
+from mst_jax.config import TrainConfig  # noqa: E402
+from mst_jax.hf_config import model_config_from_hf  # noqa: E402
 from mst_jax.loss import next_token_loss  # noqa: E402
 from mst_jax.model import from_params, init_params  # noqa: E402
 from mst_jax.ops.rope import rope_tables  # noqa: E402

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mst_jax.config import RopeConfig, model_config_from_hf
+from mst_jax.config import RopeConfig
+from mst_jax.hf_config import model_config_from_hf
 from mst_jax.ops.rope import apply_rope, rope_tables
 
 H = 32
@@ -26,6 +27,12 @@ SCALINGS = {
                     "mscale_all_dim": 1.3, "original_max_position_embeddings": 64},
     "yarn_no_factor": {"rope_type": "yarn", "factor": None,
                        "original_max_position_embeddings": 64},
+    "yarn_exact": {"rope_type": "yarn", "factor": 4.0, "truncate": False,
+                   "original_max_position_embeddings": 64},
+    "yarn_all_interpolated": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10.0,
+                              "original_max_position_embeddings": 2**15},
+    "yarn_null": {"rope_type": "yarn", "factor": 4.0, "truncate": None,
+                  "original_max_position_embeddings": 64},
     "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "rope_theta": 5e5,
                "original_max_position_embeddings": 64},

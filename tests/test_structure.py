@@ -22,7 +22,7 @@ RANKS = {
     "trainer": 7,
     "cli": 8,
 }
-LEAVES = ("hf", "checkpoint", "data", "metrics")
+LEAVES = ("hf_config", "hf", "checkpoint", "data", "metrics")
 
 
 def module_name(path):

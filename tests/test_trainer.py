@@ -242,7 +242,7 @@ def test_hf_in_and_out(tmp_path):
     export(Export(checkpoint=Path(cfg.out_dir), out=tmp_path / "back"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto")
     assert model.dtype == torch.bfloat16
-    from mst_jax.config import model_config_from_hf
+    from mst_jax.hf_config import model_config_from_hf
 
     shape = model_config_from_hf(tmp_path / "hf")
     abstract = jax.eval_shape(lambda: init_train_state(cfg, init_params(shape, 0)))

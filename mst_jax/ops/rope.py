@@ -81,9 +81,11 @@ def _yarn(cfg: RopeConfig, inv_freq: np.ndarray, head_size: int) -> np.ndarray:
         turns = cfg.original_max_position / (rotations * 2 * math.pi)
         return head_size * math.log(turns) / (2 * math.log(cfg.theta))
 
-    low = max(math.floor(dimension(cfg.beta_fast)), 0)
-    high = min(math.ceil(dimension(cfg.beta_slow)), head_size - 1)
-    width = max(high - low, 0.001)
+    low, high = dimension(cfg.beta_fast), dimension(cfg.beta_slow)
+    if cfg.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_size - 1)
+    width = high - low or 0.001
     ramp = np.clip((np.arange(head_size // 2) - low) / width, 0, 1)
     blended = inv_freq / cfg.factor * ramp + inv_freq * (1 - ramp)
     return blended.astype(np.float32)
