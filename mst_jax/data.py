@@ -1,4 +1,4 @@
-"""Token batches from files, Hugging Face datasets or Python's own source code.
+"""Batches of tokens: documents tokenised, split, shuffled and packed into rows.
 
 A document of n tokens is cut into windows of T + 1 tokens that overlap by one; a window
 w gives the inputs w[:-1] and the labels w[1:], so that each of the document's n - 1
@@ -14,11 +14,8 @@ of these, and all that follows is for training.
 
 import functools
 import itertools
-import json
-import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -26,10 +23,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from mst_jax.config import DataConfig
+from mst_jax.documents import read_documents
 
 IGNORE = -100
-_EXTENSIONS = (".txt", ".jsonl", ".parquet", ".npy")
-_STDLIB_BYTES = 10_000_000
 _STREAM_HEAD = 1000  # documents
 _BUFFER_TOKENS = 2**22  # of a pack or shuffle buffer
 _IN_MEMORY = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -294,19 +290,14 @@ def _cross_entropy(
     return float(-(held_counts @ log_probability) / held_counts.sum())
 
 
-# --- documents and their tokens ---
+# --- tokens ---
 
 
 def _documents(
     cfg: DataConfig, encode: Encode, vocab_size: int | None, start: int = 0
 ) -> Iterator[np.ndarray]:
     """Yield token ids [n] of every document, checked against the vocabulary."""
-    if cfg.source.startswith("hf:"):
-        records = _read_hf(cfg, start)
-    elif cfg.source == "stdlib":
-        records = _read_stdlib()
-    else:
-        records = _read_files(cfg)
+    records = read_documents(cfg, start)
     number = start
     # One at a time when streaming: no document is tokenised before it is needed.
     while group := list(itertools.islice(records, 1 if cfg.streaming else 256)):
@@ -353,130 +344,3 @@ def _load_tokenizer(name: str) -> tuple[Encode, int]:
 
 def _encode_bytes(texts: list[str]) -> list[np.ndarray]:
     return [np.frombuffer(text.encode(errors="replace"), np.uint8) for text in texts]
-
-
-def _read_stdlib() -> Iterator[str]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    total = 0
-    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).parts):
-        parts = path.relative_to(root).parts
-        # _sysconfigdata differs from one installation to the next.
-        if left_out.isdisjoint(parts) and not path.name.startswith("_sysconfigdata"):
-            content = path.read_bytes()
-            total += len(content)
-            if total > _STDLIB_BYTES:
-                return
-            yield content.decode("utf-8", errors="replace")
-
-
-def _read_hf(cfg: DataConfig, start: int) -> Iterator[str]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            f"DataConfig.source={cfg.source!r} needs the datasets package: "
-            'pip install "mst-jax[datasets]"'
-        ) from error
-    name, _, config = cfg.source.removeprefix("hf:").partition(":")
-    rows: Any = datasets.load_dataset(
-        name, config or None, split="train", streaming=cfg.streaming
-    )
-    for number, row in enumerate(rows.skip(start) if start else rows, start):
-        yield _text(row, cfg.text_field, f"{cfg.source} row {number}")
-
-
-def _read_files(cfg: DataConfig) -> Iterator[str | np.ndarray]:
-    path = Path(cfg.source).expanduser()
-    known = ", ".join(_EXTENSIONS)
-    if path.is_dir():
-        paths = sorted(p for p in path.rglob("*") if p.suffix in _EXTENSIONS)
-        if not paths:
-            raise ValueError(f"DataConfig.source={cfg.source!r} has no file of {known}")
-    elif path.exists():
-        paths = [path]
-    else:
-        raise FileNotFoundError(
-            f"DataConfig.source={cfg.source!r} is no file or directory; it may also be "
-            "'stdlib' or 'hf:NAME'"
-        )
-    for path in paths:
-        if path.suffix == ".txt":
-            yield _decode(path.read_bytes(), str(path))
-        elif path.suffix == ".jsonl":
-            yield from _read_jsonl(path, cfg.text_field)
-        elif path.suffix == ".parquet":
-            yield from _read_parquet(path, cfg.text_field)
-        elif path.suffix == ".npy":
-            yield from _read_npy(path)
-        else:
-            raise ValueError(
-                f"DataConfig.source={cfg.source!r} has the extension {path.suffix!r}, "
-                f"not one of {known}"
-            )
-
-
-def _decode(content: bytes, where: str) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is not UTF-8: {error}; convert it") from error
-
-
-def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
-            if line.isspace():
-                continue
-            try:
-                row = json.loads(_decode(line, where))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where} is not JSON: {error}") from error
-            yield _text(row, text_field, where)
-
-
-def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is not Parquet: {error}") from error
-    with file:
-        names = file.schema_arrow.names
-        columns = [text_field] if text_field in names else names
-        parts = file.iter_batches(batch_size=256, columns=columns)
-        rows = itertools.chain.from_iterable(part.to_pylist() for part in parts)
-        for number, row in enumerate(rows):
-            yield _text(row, text_field, f"{path} row {number}")
-
-
-def _text(row: Any, text_field: str, where: str) -> str:
-    if not isinstance(row, dict) or text_field not in row:
-        has = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(
-            f"{where} has no field {text_field!r}, only {has}; set "
-            "DataConfig.text_field"
-        )
-    if not isinstance(row[text_field], str):
-        raise ValueError(
-            f"{where}: field {text_field!r} is {row[text_field]!r:.40}, not a string"
-        )
-    return row[text_field]
-
-
-def _read_npy(path: Path) -> Iterator[np.ndarray]:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (EOFError, ValueError) as error:
-        raise ValueError(f"{path} is no .npy array of integers: {error}") from error
-    if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
-        raise ValueError(
-            f"{path} has dtype={array.dtype.name} and shape={array.shape}; it must "
-            "hold integer token ids, 1-D for one document or 2-D for one a row"
-        )
-    if array.size and array.min() < 0:
-        raise ValueError(f"{path} has the negative token id {array.min()}")
-    yield from array if array.ndim == 2 else [array]

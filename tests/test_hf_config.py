@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from mst_jax.config import PRESETS, RopeConfig
 from mst_jax.hf_config import model_config_from_hf
 
 # As transformers 4 wrote it.
-COMMON = {
+COMMON: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -28,7 +29,7 @@ COMMON = {
     "transformers_version": "4.40.0",
     "use_cache": True,
 }
-LLAMA2_7B = COMMON | {
+LLAMA2_7B: dict[str, Any] = COMMON | {
     "hidden_size": 4096,
     "intermediate_size": 11008,
     "max_position_embeddings": 4096,
@@ -37,14 +38,14 @@ LLAMA2_7B = COMMON | {
     "num_key_value_heads": 32,
     "vocab_size": 32000,
 }
-LLAMA3_8B = LLAMA2_7B | {
+LLAMA3_8B: dict[str, Any] = LLAMA2_7B | {
     "intermediate_size": 14336,
     "max_position_embeddings": 8192,
     "num_key_value_heads": 8,
     "rope_theta": 500000.0,
     "vocab_size": 128256,
 }
-LLAMA31_8B = LLAMA3_8B | {
+LLAMA31_8B: dict[str, Any] = LLAMA3_8B | {
     "eos_token_id": [128001, 128008, 128009],
     "max_position_embeddings": 131072,
     "rope_scaling": {
