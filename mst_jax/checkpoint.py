@@ -146,23 +146,26 @@ class Checkpoints:
         self.wait()
 
     def restore(
-        self, abstract_state: Any, step: int | None = None
+        self, abstract_state: Any, step: int | None = None, *, partial: bool = False
     ) -> tuple[int, Any, dict[str, Any]] | None:
         """Read back (step, state, extra), the state bit for bit.
 
-        Reads every file twice, once for its checksum.
+        Reads every file for its checksum, and then the leaves of `abstract_state`.
 
         Args:
           abstract_state: a pytree of `jax.ShapeDtypeStruct`; a leaf without a sharding
             goes to the first device. The layout it was saved from does not matter.
           step: None for the newest that is whole; damaged ones are logged as warnings.
+          partial: whether leaves that were saved may be absent from `abstract_state`;
+            they are not restored and take no memory.
 
         Returns:
           None if there is no checkpoint at all.
 
         Raises:
           ValueError: the checkpoint of `step`, or every one, is damaged or foreign; or
-            its leaves are not those of `abstract_state`: lists all differences.
+            its leaves are not those of `abstract_state`, or with `partial` do not
+            include them: lists all differences.
         """
         found = self._find(step, _verified)
         if found is None:
@@ -170,11 +173,16 @@ class Checkpoints:
         step, manifest = found
         path = self._directory / str(step)
         wanted = _named(abstract_state)
-        _check_same(path, manifest["leaves"], _described(wanted))
+        saved = manifest["leaves"]
+        compared = {n: saved[n] for n in wanted if n in saved} if partial else saved
+        _check_same(path, compared, _described(wanted))
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         for name, leaf in wanted.items():
             wanted[name] = leaf.update(sharding=leaf.sharding or first)
-        arrays = ocp.load(f"{path}/arrays", wanted)
+        # Orbax wants every name that it saved, and does not read a placeholder's.
+        arrays = ocp.load(
+            f"{path}/arrays", dict.fromkeys(saved, ocp.PLACEHOLDER) | wanted
+        )
         leaves = [arrays[name] for name in wanted]
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
         return step, state, manifest["extra"]

@@ -127,7 +127,9 @@ def export(args: Export) -> None:
     cfg = from_dict(extra["config"])
     model = from_dict(extra["model"], ModelConfig)
     abstract = jax.eval_shape(lambda: init_train_state(cfg, init_params(model, 0)))
-    restored = checkpoints.restore(abstract, step)
+    # The optimizer's moments stay on the disk: there may be no room for them here.
+    params = {"params": abstract["params"]}
+    restored = checkpoints.restore(params, step, partial=True)
     assert restored is not None  # extra() has found one
     step, state, _ = restored
     source = next(

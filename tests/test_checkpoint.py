@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mst_jax.checkpoint import Checkpoints
@@ -61,6 +62,13 @@ def save_steps(directory, *steps, keep=5):
 def largest_file(path):
     files = [file for file in path.rglob("*") if file.is_file()]
     return max(files, key=lambda file: file.stat().st_size)
+
+
+def bytes_read():
+    """Bytes of arrays that this process has read from files so far."""
+    name = "/tensorstore/kvstore/file/bytes_read"
+    (metric,) = tensorstore.experimental_collect_matching_metrics(name)
+    return sum(cell["value"] for cell in metric["values"])
 
 
 def test_round_trip_is_bit_equal(tmp_path):
@@ -261,6 +269,43 @@ def test_a_mismatch_lists_all_differences(tmp_path, caplog):
             "  more: saved -, wanted bool[64, 48]",
         ]
     assert not caplog.records
+
+
+def test_a_part_is_read_without_the_rest(tmp_path):
+    w = jax.random.normal(jax.random.key(0), (512, 512))
+    state = {"params": {"w": w}, "opt": [2 * w, 3 * w], "key": jax.random.key(1)}
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(1, state, EXTRA)
+        checkpoints.wait()
+        before = bytes_read()
+        checkpoints.restore(abstract(state))
+        whole = bytes_read() - before
+        part = {"params": state["params"]}
+        step, found, extra = checkpoints.restore(abstract(part), partial=True)
+        of_part = bytes_read() - before - whole
+        assert (step, extra) == (1, EXTRA)
+        assert_same(found, part)
+        assert 0.3 * whole < of_part < 0.4 * whole
+        assert_same(checkpoints.restore(abstract(state), partial=True)[1], state)
+        with pytest.raises(ValueError, match=r"opt/0: saved .*, wanted -"):
+            checkpoints.restore(abstract(part))
+
+
+def test_a_part_is_checked_as_the_whole(tmp_path):
+    save_steps(tmp_path, 1)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        wanted = {"mask": jnp.ones((64, 48)), "more": jnp.ones(2)}
+        with pytest.raises(ValueError) as error:
+            checkpoints.restore(abstract(wanted), partial=True)
+        assert str(error.value).splitlines() == [
+            f"{tmp_path}/1 holds another state:",
+            "  mask: saved bool[64, 48], wanted float32[64, 48]",
+            "  more: saved -, wanted float32[2]",
+        ]
+        flip_a_byte(tmp_path / "1")
+        part = abstract({"step": make_state()["step"]})
+        with pytest.raises(ValueError, match="1 is not a whole checkpoint"):
+            checkpoints.restore(part, 1, partial=True)
 
 
 def test_a_foreign_directory_is_refused(tmp_path):

@@ -12,6 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tensorstore
+from safetensors.numpy import load_file
 
 from mst_jax.checkpoint import Checkpoints
 from mst_jax.cli import Export, export, load_recipe, train_main
@@ -253,6 +255,31 @@ def test_hf_in_and_out(tmp_path):
     np.testing.assert_array_equal(kernel.T, theirs)
     with pytest.raises(FileExistsError, match="back"):
         export(Export(checkpoint=Path(cfg.out_dir), out=tmp_path / "back"))
+
+
+def bytes_read():
+    """Bytes of arrays that this process has read from files so far."""
+    name = "/tensorstore/kvstore/file/bytes_read"
+    (metric,) = tensorstore.experimental_collect_matching_metrics(name)
+    return sum(cell["value"] for cell in metric["values"])
+
+
+def test_export_reads_the_parameters_and_no_moments(tmp_path, whole):
+    cfg, before = whole[0], bytes_read()
+    _, params = final_params(cfg)
+    of_state = bytes_read() - before
+    export(Export(checkpoint=Path(cfg.out_dir), out=tmp_path / "out"))
+    of_export = bytes_read() - before - of_state
+    # AdamW holds two moments of each, and the indices are read either way.
+    assert 0 < of_export < of_state / 2
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert sum(t.size for t in tensors.values()) == cfg.model.num_params
+    for layer in range(cfg.model.num_layers):
+        got = tensors[f"model.layers.{layer}.mlp.down_proj.weight"]
+        want = params["layers"]["mlp"]["w_down"][layer]
+        assert got.T.tobytes() == want.tobytes()
+    embedding = tensors["model.embed_tokens.weight"]
+    assert embedding.tobytes() == params["embed"]["embedding"].tobytes()
 
 
 def test_export_of_what_is_no_checkpoint(tmp_path):
