@@ -67,8 +67,8 @@ def largest_file(path):
 def bytes_read():
     """Bytes of arrays that this process has read from files so far."""
     name = "/tensorstore/kvstore/file/bytes_read"
-    (metric,) = tensorstore.experimental_collect_matching_metrics(name)
-    return sum(cell["value"] for cell in metric["values"])
+    metrics = tensorstore.experimental_collect_matching_metrics(name)
+    return sum(cell["value"] for metric in metrics for cell in metric["values"])
 
 
 def test_round_trip_is_bit_equal(tmp_path):
