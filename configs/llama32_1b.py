@@ -24,5 +24,5 @@ def get_config() -> Config:
             name="adafactor", learning_rate=1e-5, warmup_steps=20,
             param_dtype="bfloat16",
         ),
-        train=TrainConfig(steps=1000, remat="full", eval_every=100, save_every=100),
+        train=TrainConfig(steps=1000, plan="full", eval_every=100, save_every=100),
     )  # fmt: skip

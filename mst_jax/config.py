@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-Remat = Literal["full", "save_attention", "none"]
+from mst_jax.plan import read_groups
 
 
 def _check_types(owner: Any) -> None:
@@ -21,6 +21,10 @@ def _check_types(owner: Any) -> None:
         value = getattr(owner, name)
         if get_origin(hint) is Literal:
             _one_of(owner, name, get_args(hint))
+            continue
+        if get_origin(hint) is tuple:
+            if not isinstance(value, tuple) or not all(isinstance(v, str) for v in value):
+                _fail(owner, name, "must be a tuple of strings")
             continue
         kinds = get_args(hint) or (hint,)
         wanted = " or ".join("None" if k is NoneType else k.__name__ for k in kinds)
@@ -249,10 +253,22 @@ class OptimConfig:
     eps: float = 1e-8
     """Adam's epsilon."""
     clip_norm: float | None = 1.0
-    """Clip gradients to this global norm; None does not clip."""
+    """Clip gradients to this norm; None does not clip."""
+    clip: Literal["global", "layer"] = "global"
+    """Norm of all gradients together, or of each layer's (and of the embedding's and the
+    head's) apart. With in_backward, 'global' runs the backward pass twice: the norm is
+    known only after all of it."""
+    in_backward: bool = False
+    """Update each layer as soon as its gradient is there: no whole gradient is held."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that are not trained: beginnings of their paths, such as 'embed',
+    'lm_head', 'layers/attention'."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """float32 masters cast to the compute dtype once a step; bfloat16 weights are
     updated with stochastic rounding, since plain bf16 updates vanish."""
+    moment_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Of the optimizer's moments: bfloat16 is rounded stochastically, int8 is quantised
+    in blocks of 256."""
 
     def __post_init__(self):
         _check_types(self)
@@ -289,11 +305,16 @@ class TrainConfig:
     """Micro-batches a step; every valid token weighs the same."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of activations and of the weights in matrix products."""
-    remat: Remat = "save_attention"
-    """Residuals of a layer: 'full' saves its input and recomputes the rest,
-    'save_attention' also saves attention's output, 'none' recomputes only chunks."""
+    plan: str = "save_attention"
+    """What layers keep for the backward pass: 'full' their inputs, 'save_attention' also
+    attention's output, 'none' recomputes nothing, 'offload' and 'offload_attention' keep
+    it in host memory; or groups as in '8 offload=input; 24 save=input+attention'."""
+    head_groups: int = 1
+    """Attention runs on num_kv_heads / head_groups key/value heads at a time: less
+    memory, slightly slower. Divides num_kv_heads."""
     mlp_chunk_size: int | None = None
-    """Tokens of an MLP chunk; None picks from a byte budget, 0 does not chunk."""
+    """Tokens of a chunk of the layers; None picks from a byte budget, 0 does not
+    chunk."""
     loss_chunk_size: int | None = None
     """Tokens of an LM-head chunk; None picks from a byte budget."""
     eval_every: int = 50
@@ -312,7 +333,8 @@ class TrainConfig:
     def __post_init__(self):
         _check_types(self)
         _positive(self, "steps", "accumulate", "eval_every", "eval_batches", "keep")
-        _positive(self, "loss_chunk_size", "log_every")
+        _positive(self, "loss_chunk_size", "log_every", "head_groups")
+        read_groups(self.plan)
         _not_negative(self, "mlp_chunk_size", "save_every")
 
 
@@ -347,6 +369,7 @@ class Config:
                 f"Config has both a model and init_from={self.init_from!r}: the shape "
                 "comes from the checkpoint, leave model None"
             )
+        self._check_in_backward()
         shards = self.mesh.data * self.mesh.fsdp
         if self.data.batch_size % shards:
             raise ValueError(
@@ -364,6 +387,22 @@ class Config:
                     f"ModelConfig.vocab_size={self.model.vocab_size} is below the 256 "
                     "of tokenizer='bytes'"
                 )
+
+
+    def _check_in_backward(self) -> None:
+        if not self.optim.in_backward:
+            return
+        if self.train.accumulate > 1:
+            raise ValueError(
+                f"TrainConfig.accumulate={self.train.accumulate} needs whole gradients "
+                "to add up, and OptimConfig.in_backward=True never holds one: raise "
+                "data.batch_size instead, or turn in_backward off"
+            )
+        if self.mesh.data * self.mesh.fsdp > 1:
+            raise NotImplementedError(
+                "OptimConfig.in_backward=True runs on one device, the mesh has "
+                f"{self.mesh.data * self.mesh.fsdp}"
+            )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -395,6 +434,8 @@ def _build(cls: Any, values: dict[str, Any], where: str) -> Any:
             close = difflib.get_close_matches(str(key), names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known: {names}"
             raise ValueError(f"unknown key {where}.{key}{hint}")
+    # JSON has lists where a field is a tuple.
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return cls(**{
         k: _build(_NESTED[k], v, f"{where}.{k}")
         if k in _NESTED and isinstance(v, dict)

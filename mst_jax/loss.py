@@ -18,7 +18,7 @@ def next_token_loss(
         model: the decoder.
         batch: `tokens` and `labels` int [B, T], labels already shifted and -100 where
             there is none; optionally `positions` and `segment_ids` int [B, T].
-        cfg: chunk sizes and residual policy.
+        cfg: chunk sizes.
         **options: passed on to the model.
 
     Returns:
@@ -29,7 +29,6 @@ def next_token_loss(
         batch["tokens"],
         positions=batch.get("positions"),
         segment_ids=batch.get("segment_ids"),
-        remat=cfg.remat,
         mlp_chunk_size=cfg.mlp_chunk_size,
         **options,
     )

@@ -257,3 +257,43 @@ def from_chunks(y: jax.Array, length: int, axis: int) -> jax.Array:
     y = jnp.moveaxis(y, 0, ax)
     y = y.reshape(*y.shape[:ax], -1, *y.shape[ax + 2 :])
     return jax.lax.slice_in_dim(y, 0, length, axis=ax)
+
+
+def for_chunks(
+    length: int, chunk_size: int, body: Callable[[Any, Any, int], Any], carry: Any
+) -> Any:
+    """Fold `carry = body(carry, start, size)` over chunks of a sequence.
+
+    For loops that read and rewrite whole sequences in place, with `take_tokens` and
+    `put_tokens`, where a scan would copy them into chunks and back.
+
+    Args:
+        length: T.
+        chunk_size: most tokens of a chunk.
+        body: gets the carry, the chunk's first token (traced) and its size (an int).
+        carry: pytree of arrays.
+
+    Returns:
+        The last carry. Chunks are equal where T allows it; else the last is shorter.
+    """
+    _, size = split_length(length, chunk_size)
+    whole = length // size
+    if whole == 1:
+        carry = body(carry, 0, size)
+    else:
+        carry = jax.lax.fori_loop(
+            0, whole, lambda i, carry: body(carry, i * size, size), carry
+        )
+    if rest := length - whole * size:
+        carry = body(carry, whole * size, rest)
+    return carry
+
+
+def take_tokens(x: jax.Array, start: Any, size: int) -> jax.Array:
+    """Return tokens start .. start + size of [B, T, ...]."""
+    return jax.lax.dynamic_slice_in_dim(x, start, size, 1)
+
+
+def put_tokens(x: jax.Array, chunk: jax.Array, start: Any) -> jax.Array:
+    """Return [B, T, ...] with a chunk written at token `start`."""
+    return jax.lax.dynamic_update_slice_in_dim(x, chunk.astype(x.dtype), start, 1)

@@ -2,17 +2,16 @@
 
     h = x + attention(norm(x));   y = h + mlp(norm(h))
 
-Layers are stacked on axis 0 and run by one scan. A layer's body is rematerialised: the
-residuals of a layer are its input, 2 D bytes a token in bf16, and with
-remat='save_attention' also attention's output and logsumexp, 2 D + 4 N more, which
-spares the recomputation of attention. The MLP runs on chunks: O(T F) -> O(C F).
+Layers are stacked on axis 0 and run by one scan. The MLP runs on chunks of the sequence:
+O(T F) -> O(C F). The LM head is not applied here: `loss.py` turns hidden states into a
+loss without ever holding the logits.
 
-The LM head is not applied here: `loss.py` turns hidden states into a loss without ever
-holding the logits.
+This is the model to read, to evaluate, and to differentiate with `jax.grad`, which keeps
+each layer's input and computes the rest again. Training runs the same layers through
+`stack.py`, which keeps what a plan says.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -20,9 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mst_jax.config import ModelConfig, Remat
+from mst_jax.config import ModelConfig
 from mst_jax.ops.attention import attention
-from mst_jax.ops.attention.xla import RESIDUAL
 from mst_jax.ops.rms_norm import rms_norm
 from mst_jax.ops.rope import apply_rope, rope_tables
 from mst_jax.ops.swiglu import swiglu
@@ -153,7 +151,6 @@ class Llama(nnx.Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        remat: Remat = "save_attention",
         mlp_chunk_size: int | None = None,
         implementation: str | None = None,
         gather: Callable[[Any], Any] = lambda layer: layer,
@@ -164,7 +161,6 @@ class Llama(nnx.Module):
             tokens: [B, T] ids.
             positions: [B, T], restarting in each document; None is 0..T-1.
             segment_ids: [B, T] documents of a packed row; None is one document.
-            remat: what a layer saves for the backward pass, see `TrainConfig`.
             mlp_chunk_size: tokens of an MLP chunk; None by byte budget, 0 whole.
             implementation: of attention, see `ops.attention`.
             gather: applied to one layer's state before it is used (FSDP).
@@ -183,24 +179,8 @@ class Llama(nnx.Module):
             return x, None
 
         x = self.embed.embedding[...][tokens]
-        x, _ = jax.lax.scan(_rematerialise(body, remat), x, state)
+        x, _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), x, state)
         return self.final_norm(x)
-
-
-def _rematerialise(body: Any, remat: Remat) -> Any:
-    checkpoint = partial(jax.checkpoint, prevent_cse=False)
-    if remat == "none":
-        return body
-    if remat == "full":
-        return checkpoint(body)
-    return checkpoint(body, policy=_is_attention)
-
-
-def _is_attention(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Whether to save: what XLA flash names, or what cuDNN's primitive returns."""
-    if primitive.name == "name":
-        return params["name"] == RESIDUAL
-    return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def abstract_model(cfg: ModelConfig) -> tuple[Any, Any]:

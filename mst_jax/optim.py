@@ -10,11 +10,13 @@ is nearly every one at a fine-tuning learning rate, would vanish otherwise. The 
 is unbiased, E[round(x)] = x.
 """
 
+import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from mst_jax.config import OptimConfig
@@ -70,10 +72,15 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation
 
 
 def init_state(optimizer: optax.GradientTransformation, params: Any) -> Any:
-    """Return f32 optimizer state: per layer [L, ...] for the stack, and the rest."""
-    wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-    layers, rest = _split(wide)
-    return {"layers": jax.vmap(optimizer.init)(layers), "rest": optimizer.init(rest)}
+    """Return optimizer state for each top-level name; per layer [L, ...] for `layers`."""
+
+    def init(params):
+        return optimizer.init(_f32(params))
+
+    return {
+        name: jax.vmap(init)(p) if name == "layers" else init(p)
+        for name, p in params.items()
+    }
 
 
 def update(
@@ -84,57 +91,143 @@ def update(
     *,
     scale: Float[Array, ""],
     key: jax.Array,
+    clip_norm: float | None = None,
 ) -> tuple[Any, Any]:
     """Take one step, layer by layer.
 
     Args:
         optimizer: from `make_optimizer`.
-        params: nested dict with stacked `layers`; f32, or bf16 (rounded
+        params: dict by top-level name, with stacked `layers`; f32, or bf16 (rounded
             stochastically).
         gradients: like params, of any floating dtype.
         state: from `init_state`.
         scale: factor of every gradient: 1 / tokens, and the clipping.
         key: of the stochastic rounding.
+        clip_norm: clips each layer's gradients, and each other name's, apart.
 
     Returns:
         (params, state), for the buffers of the old ones.
     """
+    params, state = dict(params), dict(state)
+    options = {"scale": scale, "clip_norm": clip_norm}
+    for name in params:
+        if name != "layers":
+            params[name], state[name] = update_one(
+                optimizer, params[name], gradients[name], state[name],
+                key=unit_key(key, name), **options,
+            )  # fmt: skip
+    if "layers" in params:
 
-    def step(params, gradients, state, key):
-        wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradients)
-        updates, state = optimizer.update(gradients, state, wide)
-        leaves, tree = jax.tree.flatten(optax.apply_updates(wide, updates))
-        keys = jax.random.split(key, len(leaves))
-        narrow = [
-            stochastic_round(x, k) if p.dtype == jnp.bfloat16 else x.astype(p.dtype)
-            for x, k, p in zip(leaves, keys, jax.tree.leaves(params), strict=True)
-        ]
-        return jax.tree.unflatten(tree, narrow), state
-
-    layers, rest = _split(params)
-    layer_gradients, rest_gradients = _split(gradients)
-    num_layers = jax.tree.leaves(layers)[0].shape[0]
-
-    def one_layer(i, carry):
-        def pick(tree):
-            return jax.tree.map(
-                lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), tree
+        def one_layer(i, carry):
+            return update_layer(
+                optimizer, carry, i, at(gradients["layers"], i), key=key, **options
             )
 
-        layer, layer_state = pick(carry)
-        new = step(layer, pick(layer_gradients), layer_state, keys[i])
-        return jax.tree.map(
-            lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0), carry, new
-        )
+        carry = params["layers"], state["layers"]
+        num_layers = jax.tree.leaves(carry[0])[0].shape[0]
+        carry = jax.lax.fori_loop(0, num_layers, one_layer, carry)
+        params["layers"], state["layers"] = carry
+    return params, state
 
-    *keys, rest_key = jax.random.split(key, num_layers + 1)
-    keys = jnp.stack(keys)
-    layers, layer_state = jax.lax.fori_loop(
-        0, num_layers, one_layer, (layers, state["layers"])
+
+def update_layer(
+    optimizer: optax.GradientTransformation,
+    stacks: tuple[Any, Any],
+    i: Any,
+    gradients: Any,
+    *,
+    key: jax.Array,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """Return the stacked (params, state) with layer i updated in place."""
+    new = update_one(
+        optimizer, at(stacks[0], i), gradients, at(stacks[1], i),
+        key=unit_key(key, i), **options,
+    )  # fmt: skip
+    return put(stacks, i, new)
+
+
+def update_one(
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    gradients: Any,
+    state: Any,
+    *,
+    scale: Float[Array, ""],
+    key: jax.Array,
+    clip_norm: float | None = None,
+) -> tuple[Any, Any]:
+    """Update one layer's parameters, or one top-level name's: see `update`."""
+    wide = _f32(params)
+    gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradients)
+    if clip_norm is not None:
+        factor = jnp.minimum(1, clip_norm / (optax.tree.norm(gradients) + 1e-12))
+        gradients = jax.tree.map(lambda g: g * factor, gradients)
+    updates, state = optimizer.update(gradients, state, wide)
+    leaves, tree = jax.tree.flatten(optax.apply_updates(wide, updates))
+    keys = jax.random.split(key, len(leaves))
+    narrow = [
+        stochastic_round(x, k) if p.dtype == jnp.bfloat16 else x.astype(p.dtype)
+        for x, k, p in zip(leaves, keys, jax.tree.leaves(params), strict=True)
+    ]
+    return jax.tree.unflatten(tree, narrow), state
+
+
+def unit_key(key: jax.Array, unit: Any) -> jax.Array:
+    """Return the key of a layer (an index) or of a top-level name."""
+    if isinstance(unit, str):
+        unit = 2**31 + zlib.crc32(unit.encode()) % 2**31  # above every layer's
+    return jax.random.fold_in(key, jnp.uint32(unit))
+
+
+def at(stacks: Any, i: Any) -> Any:
+    """Return entry i of every stacked leaf."""
+    return jax.tree.map(
+        lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), stacks
     )
-    rest, rest_state = step(rest, rest_gradients, state["rest"], rest_key)
-    return {"layers": layers, **rest}, {"layers": layer_state, "rest": rest_state}
+
+
+def put(stacks: Any, i: Any, entry: Any) -> Any:
+    """Return the stacks with entry i replaced, in the stacks' dtypes."""
+    return jax.tree.map(
+        lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b.astype(a.dtype), i, 0),
+        stacks,
+        entry,
+    )
+
+
+def check_frozen(params: Any, freeze: tuple[str, ...]) -> None:
+    """Raise ValueError if a path of `freeze` names nothing, or all are frozen."""
+    names = [*flatten_dict(params, sep="/")]
+    for path in freeze:
+        if not any(_below(name, path) for name in names):
+            raise ValueError(f"freeze={path!r} names no parameter; there are {names}")
+    if not split_frozen(params, freeze)[0]:
+        raise ValueError(f"{freeze=} freezes every parameter")
+
+
+def split_frozen(params: Any, freeze: tuple[str, ...]) -> tuple[Any, Any]:
+    """Split a nested dict in (trained, frozen).
+
+    Args:
+        params: nested dict.
+        freeze: beginnings of paths such as 'embed' or 'layers/attention'; whole names.
+    """
+    sides: list[dict[str, Any]] = [{}, {}]
+    for name, leaf in flatten_dict(params, sep="/").items():
+        sides[any(_below(name, path) for path in freeze)][name] = leaf
+    trained, frozen = (unflatten_dict(side, sep="/") for side in sides)
+    return trained, frozen
+
+
+def _below(name: str, path: str) -> bool:
+    return f"{name}/".startswith(f"{path.strip('/')}/")
+
+
+def join_frozen(trained: Any, frozen: Any) -> Any:
+    """Undo `split_frozen`."""
+    flat = flatten_dict(trained, sep="/") | flatten_dict(frozen, sep="/")
+    return unflatten_dict(flat, sep="/")
 
 
 def stochastic_round(
@@ -154,5 +247,5 @@ def stochastic_round(
     return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
 
 
-def _split(tree: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return tree["layers"], {k: v for k, v in tree.items() if k != "layers"}
+def _f32(tree: Any) -> Any:
+    return jax.tree.map(lambda p: p.astype(jnp.float32), tree)

@@ -79,13 +79,27 @@ def named(mesh: Mesh, specs: Any) -> Any:
 def gather(params: Any, specs: Any) -> Any:
     """Inside shard_map, return whole parameters from this device's shards."""
 
-    def one(leaf, spec):
-        skip = len(spec) - leaf.ndim  # a layer's slice has lost its leading axis
-        axis = tuple(spec).index("fsdp") - skip
+    def one(leaf, axis):
         return jax.lax.all_gather(leaf, "fsdp", axis=axis, tiled=True)
 
-    leaves, tree = jax.tree.flatten(params)
-    specs = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, P))
-    return jax.tree.unflatten(
-        tree, [one(x, s) for x, s in zip(leaves, specs, strict=True)]
-    )
+    return _along_fsdp(one, params, specs)
+
+
+def scatter(gradients: Any, specs: Any) -> Any:
+    """Inside shard_map, add up over fsdp and return this device's shards."""
+
+    def one(leaf, axis):
+        return jax.lax.psum_scatter(leaf, "fsdp", scatter_dimension=axis, tiled=True)
+
+    return _along_fsdp(one, gradients, specs)
+
+
+def _along_fsdp(one: Any, tree: Any, specs: Any) -> Any:
+    def along(path, leaf):
+        spec = specs
+        for key in path:
+            spec = spec[key.key]
+        skip = len(spec) - leaf.ndim  # a layer's slice has lost its leading axis
+        return one(leaf, tuple(spec).index("fsdp") - skip)
+
+    return jax.tree_util.tree_map_with_path(along, tree)

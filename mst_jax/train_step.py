@@ -1,9 +1,14 @@
 """The train step: a pure function of (state, batch), jitted and donated here.
 
-State is {'params', 'opt', 'step'}. f32 masters are cast to the compute dtype once a
-step; the sum of all losses is differentiated, over micro-batches and devices; the
+State is {'params', 'opt', 'step'}. f32 masters are cast to the compute dtype layer by
+layer; the sum of all losses is differentiated, over micro-batches and devices; the
 gradient is divided once, by the global number of valid tokens. So every token weighs
 the same however the batch is cut.
+
+Two kinds of step give the same parameters. The ordinary one collects all gradients and
+then updates. With `in_backward` each layer is updated as soon as its gradient is there,
+so that no whole gradient is ever held; the global norm for clipping then takes a
+backward pass of its own.
 """
 
 from collections.abc import Callable
@@ -17,22 +22,41 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from mst_jax.config import Config, ModelConfig
+from mst_jax.gradients import (
+    Batch,
+    compute_layer,
+    embedding_gradient,
+    forward,
+)
 from mst_jax.loss import next_token_loss
 from mst_jax.model import from_params
-from mst_jax.optim import init_state, make_optimizer, make_schedule, update
-from mst_jax.sharding import BATCH_AXES, gather, named, param_specs
+from mst_jax.optim import (
+    at,
+    init_state,
+    join_frozen,
+    make_optimizer,
+    make_schedule,
+    put,
+    split_frozen,
+    unit_key,
+    update,
+    update_layer,
+    update_one,
+)
+from mst_jax.sharding import BATCH_AXES, gather, named, param_specs, scatter
+from mst_jax.stack import stack_backward
 
 State = dict[str, Any]
-Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
 BATCH_SPEC = P(None, BATCH_AXES)
 
 
 def init_train_state(cfg: Config, params: Any) -> State:
     """Return the state of step 0 for these parameters. Jit it with donation."""
     params = jax.tree.map(lambda p: p.astype(cfg.optim.param_dtype), params)
-    optimizer = make_optimizer(cfg.optim, cfg.train.steps)
-    step = jnp.zeros((), jnp.int32)
-    return {"params": params, "opt": init_state(optimizer, params), "step": step}
+    trained, _ = split_frozen(params, cfg.optim.freeze)
+    opt = init_state(make_optimizer(cfg.optim, cfg.train.steps), trained)
+    return {"params": params, "opt": opt, "step": jnp.zeros((), jnp.int32)}
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
@@ -52,10 +76,11 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     }
 
     def spec(path, leaf):
+        top = jax.tree_util.keystr(path[:1])
         name = jax.tree_util.keystr(path)
-        for (suffix, shape), found in by_path.items():
-            bare = suffix.removeprefix("['layers']")
-            if name.endswith(bare) and leaf.shape == shape:
+        for (whole, shape), found in by_path.items():
+            below = whole.removeprefix(top)
+            if whole.startswith(top) and below in name and leaf.shape == shape:
                 return found
         return P()
 
@@ -63,56 +88,77 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     return named(mesh, {"params": specs, "opt": opt, "step": P()})
 
 
-def make_loss(cfg: Config, model: ModelConfig) -> Callable[..., Any]:
-    """Return loss(params, batch [B, T]) -> (sum, count) on a device's own shards.
-
-    params are in the compute dtype. Runs inside shard_map when the mesh has an fsdp
-    axis above 1.
-    """
-
-    def loss(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        options = {}
-        if cfg.mesh.fsdp > 1:
-            specs = param_specs(params)
-            options["gather"] = partial(gather, specs=specs["layers"])
-            rest = {k: v for k, v in params.items() if k != "layers"}
-            rest = gather(rest, {k: specs[k] for k in rest})
-            # The layers stay in shards until the scan reaches them.
-            params = {**rest, "layers": params["layers"]}
-        return next_token_loss(from_params(model, params), batch, cfg.train, **options)
-
-    return loss
-
-
 def make_gradients(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[..., Any]:
     """Return gradients(params, batch [A, B, T]) -> (sum, count, d sum / d params).
 
-    A is the number of micro-batches; their gradients add up in f32 when A > 1.
+    A is the number of micro-batches. Gradients are those of the trained parameters, in
+    the parameters' dtype, in f32 when A > 1. Runs inside shard_map when the mesh has
+    more than one device.
     """
-    loss = jax.value_and_grad(make_loss(cfg, model), has_aux=True)
+    wide = cfg.train.accumulate > 1
 
     def local(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Any]:
-        params = _cast(params, cfg)
-        if cfg.train.accumulate == 1:
-            only = jax.tree.map(lambda a: a[0], batch)
-            (total, count), gradients = loss(params, only)
+        specs = param_specs(params)
+        rest, layers = _split(params)
+        rest = _gather(rest, specs, cfg)
+
+        def weights_at(i):
+            return compute_layer(_gather(at(layers, i), specs["layers"], cfg), cfg)
+
+        def add(carry, micro):
+            total, count, sums = carry
+            new = _whole_gradients(cfg, model, rest, weights_at, micro, sums, specs)
+            return (total + new[0], count + new[1], new[2]), None
+
+        trained, _ = split_frozen(params, cfg.optim.freeze)
+        zero = jnp.zeros((), jnp.float32)
+        zeros = jax.tree.map(
+            lambda p: jnp.zeros(p.shape, jnp.float32 if wide else p.dtype), trained
+        )
+        carry = (zero, zero, zeros)
+        if wide:
+            carry, _ = jax.lax.scan(add, carry, batch)
         else:
-
-            def add(carry, micro):
-                (total, count), gradients = loss(params, micro)
-                return jax.tree.map(jnp.add, carry, (total, count, gradients)), None
-
-            zero = jnp.zeros((), jnp.float32)
-            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-            (total, count, gradients), _ = jax.lax.scan(add, (zero, zero, zeros), batch)
+            carry, _ = add(carry, jax.tree.map(lambda a: a[0], batch))
+        total, count, sums = carry
         if mesh.size > 1:
             total, count = jax.lax.psum((total, count), BATCH_AXES)
-            # Over fsdp the gather's transpose has already added them up.
+            # Over fsdp `scatter` has already added them up.
             axes = BATCH_AXES if cfg.mesh.fsdp == 1 else "data"
-            gradients = jax.lax.psum(gradients, axes)
-        return total, count, gradients
+            sums = jax.lax.psum(sums, axes)
+        return total, count, sums
 
-    return _on_shards(local, mesh, lambda specs: (P(), P(), specs))
+    def out_specs(specs):
+        return P(), P(), split_frozen(specs, cfg.optim.freeze)[0]
+
+    return _on_shards(local, mesh, out_specs)
+
+
+def _whole_gradients(cfg, model, rest, weights_at, batch, sums, specs):
+    """Add a micro-batch's gradients to `sums`, shards of the trained parameters."""
+    freeze = cfg.optim.freeze
+
+    def add(name, total, new):
+        new = {name: new}
+        if cfg.mesh.fsdp > 1:
+            new = scatter(new, {name: specs[name]})
+        new = split_frozen(new, freeze)[0].get(name, {})
+        return jax.tree.map(lambda a, b: (a + b).astype(a.dtype), total, new)
+
+    def consume(stacks, i, gradients):
+        return put(stacks, i, add("layers", at(stacks, i), gradients))
+
+    run = forward(cfg, model, rest, weights_at, batch)
+    dx, layers = stack_backward(
+        run.plan, run.kept, run.dy, run.ctx, sums.get("layers", {}),
+        weights_at=lambda _, i: weights_at(i), consume=consume,
+    )  # fmt: skip
+    new = dict(run.d_head)
+    if "embed" in sums:
+        tied = new.get("embed")
+        new["embed"] = embedding_gradient(batch["tokens"], dx, rest["embed"], tied)
+    sums = sums | {name: add(name, sums[name], g) for name, g in new.items()}
+    return run.total, run.count, sums | ({"layers": layers} if layers else {})
 
 
 def make_train_step(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[..., Any]:
@@ -128,19 +174,15 @@ def make_train_step(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...
     """
     optimizer = make_optimizer(cfg.optim, cfg.train.steps)
     schedule = make_schedule(cfg.optim, cfg.train.steps)
-    gradients_of = make_gradients(cfg, model, mesh)
+    if cfg.optim.in_backward:
+        run = partial(_step_in_backward, cfg, model, optimizer)
+    else:
+        run = partial(_step_after_backward, cfg, make_gradients(cfg, model, mesh), optimizer)
     base_key = cfg.train.seed
 
-    def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        total, count, gradients = gradients_of(state["params"], batch)
-        scale = 1 / jnp.maximum(count, 1)
-        norm = optax.tree.norm(_f32(gradients)) * scale
-        if cfg.optim.clip_norm is not None:
-            scale = scale * jnp.minimum(1, cfg.optim.clip_norm / (norm + 1e-12))
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(base_key), state["step"])
-        params, opt = update(
-            optimizer, state["params"], gradients, state["opt"], scale=scale, key=key
-        )
+        params, opt, (total, count, norm) = run(state, batch, key)
         metrics = {
             "loss": total / jnp.maximum(count, 1),
             "tokens": count,
@@ -152,12 +194,104 @@ def make_train_step(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...
     return jax.jit(step, donate_argnums=0)
 
 
+def _step_after_backward(cfg, gradients_of, optimizer, state, batch, key):
+    total, count, gradients = gradients_of(state["params"], batch)
+    scale = 1 / jnp.maximum(count, 1)
+    norm = jnp.sqrt(_all_squares(gradients)) * scale
+    scale *= _clip_factor(cfg, norm)
+    trained, frozen = split_frozen(state["params"], cfg.optim.freeze)
+    trained, opt = update(
+        optimizer, trained, gradients, state["opt"],
+        scale=scale, key=key, clip_norm=_layer_clip(cfg),
+    )  # fmt: skip
+    return join_frozen(trained, frozen), opt, (total, count, norm)
+
+
+def _step_in_backward(cfg, model, optimizer, state, batch, key):
+    """Update head, layers and embedding one after the other on the way back."""
+    batch = jax.tree.map(lambda a: a[0], batch)
+    trained, frozen = split_frozen(state["params"], cfg.optim.freeze)
+    opt = dict(state["opt"])
+    rest, layers = _split(state["params"])
+    frozen_layers = frozen.get("layers", {})
+
+    def weights_at(stack, i):
+        return compute_layer(at(join_frozen(stack, frozen_layers), i), cfg)
+
+    def train_only(gradients):
+        return split_frozen({"layers": gradients}, cfg.optim.freeze)[0].get("layers", {})
+
+    stack = trained.get("layers", {})
+    run = forward(cfg, model, rest, partial(weights_at, stack), batch)
+    backward = partial(stack_backward, run.plan, run.kept, run.dy, run.ctx)
+    embeds = "embed" in trained
+
+    def embed_gradient(dx):
+        tied = run.d_head.get("embed")
+        return embedding_gradient(batch["tokens"], dx, rest["embed"], tied)
+
+    scale = 1 / jnp.maximum(run.count, 1)
+    heads = {name: g for name, g in run.d_head.items() if name != "embed"}
+    squares = _squares(heads)
+    if cfg.optim.clip == "global" and cfg.optim.clip_norm is not None:
+        dx, squares = backward(
+            squares,
+            weights_at=lambda _, i: weights_at(stack, i),
+            consume=lambda s, i, g: s + _squares(train_only(g)),
+        )
+        squares += _squares(embed_gradient(dx) if embeds else {})
+        scale *= _clip_factor(cfg, jnp.sqrt(squares) * scale)
+        squares = _squares(heads)
+
+    options = {"scale": scale, "clip_norm": _layer_clip(cfg)}
+
+    def update_rest(name, gradients):
+        trained[name], opt[name] = update_one(
+            optimizer, trained[name], gradients, opt[name],
+            key=unit_key(key, name), **options,
+        )  # fmt: skip
+
+    for name, gradients in heads.items():
+        update_rest(name, gradients)
+
+    def consume(carry, i, gradients):
+        stacks, squares = carry
+        gradients = train_only(gradients)
+        if gradients:
+            stacks = update_layer(optimizer, stacks, i, gradients, key=key, **options)
+        return stacks, squares + _squares(gradients)
+
+    dx, (stacks, squares) = backward(
+        ((stack, opt.get("layers", {})), squares),
+        weights_at=lambda carry, i: weights_at(carry[0][0], i),
+        consume=consume,
+    )
+    if stack:
+        trained["layers"], opt["layers"] = stacks
+    if embeds:
+        gradients = embed_gradient(dx)
+        squares += _squares(gradients)
+        update_rest("embed", gradients)
+    norm = jnp.sqrt(squares) * (1 / jnp.maximum(run.count, 1))
+    return join_frozen(trained, frozen), opt, (run.total, run.count, norm)
+
+
 def make_eval_step(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[..., Any]:
     """Return evaluate(params, batch [1, B, T]) -> (sum, count), jitted."""
-    loss = make_loss(cfg, model)
 
     def local(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        total, count = loss(_cast(params, cfg), jax.tree.map(lambda a: a[0], batch))
+        options = {}
+        params = jax.tree.map(lambda p: p.astype(cfg.train.compute_dtype), params)
+        if cfg.mesh.fsdp > 1:
+            specs = param_specs(params)
+            options["gather"] = partial(gather, specs=specs["layers"])
+            rest, layers = _split(params)
+            # The layers stay in shards until the scan reaches them.
+            params = {**_gather(rest, specs, cfg), "layers": layers}
+        batch = jax.tree.map(lambda a: a[0], batch)
+        total, count = next_token_loss(
+            from_params(model, params), batch, cfg.train, **options
+        )
         if mesh.size > 1:
             total, count = jax.lax.psum((total, count), BATCH_AXES)
         return total, count
@@ -182,9 +316,43 @@ def _on_shards(local: Any, mesh: Mesh, out_specs: Any) -> Callable[..., Any]:
     return sharded
 
 
-def _cast(params: Any, cfg: Config) -> Any:
-    return jax.tree.map(lambda p: p.astype(cfg.train.compute_dtype), params)
+def _gather(params: Any, specs: Any, cfg: Config) -> Any:
+    if cfg.mesh.fsdp == 1:
+        return params
+    return gather(params, {name: specs[name] for name in params})
+
+
+def _split(params: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    return {k: v for k, v in params.items() if k != "layers"}, params["layers"]
+
+
+def _squares(tree: Any) -> jax.Array:
+    leaves = [jnp.sum(jnp.square(a)) for a in jax.tree.leaves(_f32(tree))]
+    return sum(leaves, jnp.zeros((), jnp.float32))
+
+
+def _all_squares(gradients: Any) -> jax.Array:
+    """Add up in the order of the backward pass, so that both steps clip alike."""
+    rest, layers = _split({"layers": {}, **gradients})
+    squares = _squares({name: g for name, g in rest.items() if name != "embed"})
+    if layers:
+        num_layers = jax.tree.leaves(layers)[0].shape[0]
+        squares = jax.lax.fori_loop(
+            0, num_layers,
+            lambda t, total: total + _squares(at(layers, num_layers - 1 - t)), squares,
+        )  # fmt: skip
+    return squares + _squares(rest.get("embed", {}))
 
 
 def _f32(tree: Any) -> Any:
     return jax.tree.map(lambda a: a.astype(jnp.float32), tree)
+
+
+def _clip_factor(cfg: Config, norm: jax.Array) -> jax.Array | float:
+    if cfg.optim.clip != "global" or cfg.optim.clip_norm is None:
+        return 1.0
+    return jnp.minimum(1, cfg.optim.clip_norm / (norm + 1e-12))
+
+
+def _layer_clip(cfg: Config) -> float | None:
+    return cfg.optim.clip_norm if cfg.optim.clip == "layer" else None

@@ -70,14 +70,46 @@ def mlp_chunk_size(batch: int, ffn_size: int, dtype: jnp.dtype) -> int:
     return auto_chunk_size(4 * batch * ffn_size * jnp.dtype(dtype).itemsize)
 
 
-def _gated(activation, gate, up):
-    """act(gate) * up in f32, which a fused kernel has for free, and rounded once."""
+def gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Return act(gate) * up, in f32 inside, which a fused kernel has for free."""
     product = _ACTIVATIONS[activation](gate.astype(jnp.float32)) * up
     return product.astype(up.dtype)
 
 
+def swiglu_backward(
+    activation: str,
+    x: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    dy: jax.Array,
+    weights: tuple[jax.Array, ...],
+    totals: Any,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Differentiate one chunk, its weight gradients added to those so far.
+
+    Args:
+        activation: as in `swiglu`.
+        x: [B, C, D] the chunk.
+        gate: [B, C, F], x W_gate.
+        up: [B, C, F], x W_up.
+        dy: [B, C, D].
+        weights: gate, up and down.
+        totals: f32 gradients of the weights; the sum is a GEMM with beta = 1.
+
+    Returns:
+        (dx, totals).
+    """
+    w_gate, w_up, w_down = weights
+    hidden, vjp = jax.vjp(partial(gated, activation), gate, up)
+    dgate, dup = vjp(jnp.einsum("BCD,FD->BCF", dy, w_down))
+    dx = jnp.einsum("BCF,DF->BCD", dgate, w_gate)
+    dx += jnp.einsum("BCF,DF->BCD", dup, w_up)
+    pairs = ((x, dgate), (x, dup), (hidden, dy))
+    return dx, [t + _outer(*pair) for t, pair in zip(totals, pairs, strict=True)]
+
+
 def _mlp(activation, x, w_gate, w_up, w_down):
-    return _gated(activation, x @ w_gate, x @ w_up) @ w_down
+    return gated(activation, x @ w_gate, x @ w_up) @ w_down
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -93,19 +125,15 @@ def _forward(activation, x_MBCD, *weights):
 
 
 def _backward(activation, residuals, dy_MBCD):
-    x_MBCD, (w_gate, w_up, w_down) = residuals
+    x_MBCD, weights = residuals
+    w_gate, w_up, _ = weights
 
     def body(total, chunk):
         x, dy = chunk
-        hidden, gated = jax.vjp(partial(_gated, activation), x @ w_gate, x @ w_up)
-        dgate, dup = gated(jnp.einsum("BCD,FD->BCF", dy, w_down))
-        dx = jnp.einsum("BCF,DF->BCD", dgate, w_gate)
-        dx += jnp.einsum("BCF,DF->BCD", dup, w_up)
-        pairs = ((x, dgate), (x, dup), (hidden, dy))
-        total = [t + _outer(*pair) for t, pair in zip(total, pairs, strict=True)]
+        gate, up = x @ w_gate, x @ w_up
+        dx, total = swiglu_backward(activation, x, gate, up, dy, weights, total)
         return total, dx
 
-    weights = (w_gate, w_up, w_down)
     zeros = [jnp.zeros(w.shape, jnp.promote_types(w.dtype, "float32")) for w in weights]
     total, dx_MBCD = jax.lax.scan(body, zeros, (x_MBCD, dy_MBCD))
     dweights = (t.astype(w.dtype) for t, w in zip(total, weights, strict=True))

@@ -1,6 +1,17 @@
 """Softmax attention without a T x T array."""
 
-from mst_jax.ops.attention.api import attention, choose_implementation
+from mst_jax.ops.attention.api import (
+    attention,
+    attention_backward,
+    attention_forward,
+    choose_implementation,
+)
 from mst_jax.ops.attention.reference import reference_attention
 
-__all__ = ["attention", "choose_implementation", "reference_attention"]
+__all__ = [
+    "attention",
+    "attention_backward",
+    "attention_forward",
+    "choose_implementation",
+    "reference_attention",
+]

@@ -1,10 +1,14 @@
 """Attention: one signature, cuDNN where it can, XLA flash elsewhere."""
 
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mst_jax.ops.attention.xla import flash_attention
+from mst_jax.ops.attention import cudnn, xla
 
 
 def attention(
@@ -35,6 +39,56 @@ def attention(
         ValueError: shapes that do not fit, a softcap or window that is not positive.
         NotImplementedError: 'cudnn' where it cannot, or an unknown implementation.
     """
+    how = _choose(q, k, v, causal, sliding_window, segment_ids, softcap, implementation)
+    return cast(jax.Array, _attention(how, q, k, v, segment_ids))
+
+
+def attention_forward(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    sliding_window: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Return causal attention's output and the logsumexp of each query's scores (f32).
+
+    With `attention_backward` the two halves of `attention`, for callers that decide
+    themselves what is kept in between. Arguments and errors are those of `attention`.
+    """
+    how = _choose(q, k, v, True, sliding_window, segment_ids, None, implementation)
+    return _forward(how, q, k, v, segment_ids)
+
+
+def attention_backward(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    out: Float[Array, "B T N H"],
+    lse: Float[Array, "B N T"],
+    d_out: Float[Array, "B T N H"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    sliding_window: int | None = None,
+    implementation: str | None = None,
+) -> tuple[
+    Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]
+]:
+    """Return (dq, dk, dv) from what `attention_forward` took and returned."""
+    how = _choose(q, k, v, True, sliding_window, segment_ids, None, implementation)
+    return _backward(how, (q, k, v, segment_ids, out, lse), d_out)[:3]
+
+
+@dataclass(frozen=True)
+class _How:
+    implementation: str
+    causal: bool
+    window: int | None
+    softcap: float | None
+
+
+def _choose(q, k, v, causal, sliding_window, segment_ids, softcap, implementation):
     if q.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2]:
         raise ValueError(
             f"{q.shape=} {k.shape=} {v.shape=} do not fit [B, T, heads, H]"
@@ -51,19 +105,45 @@ def attention(
     )  # fmt: skip
     if implementation is None:
         implementation = "xla" if obstacle or _device_obstacle(q) else "cudnn"
-    if implementation == "cudnn":
-        if obstacle:
-            raise NotImplementedError(f"cuDNN attention: {obstacle}; use 'xla'")
-        window = None if sliding_window is None else (sliding_window - 1, 0)
-        return jax.nn.dot_product_attention(
-            q, k, v, is_causal=causal, local_window_size=window,
-            implementation="cudnn",
-        )  # fmt: skip
-    if implementation != "xla":
+    if implementation not in ("cudnn", "xla"):
         raise NotImplementedError(f"{implementation=} is not 'cudnn' or 'xla'")
-    return flash_attention(
-        q, k, v, segment_ids, causal=causal, window=sliding_window, softcap=softcap
-    )
+    if implementation == "cudnn" and obstacle:
+        raise NotImplementedError(f"cuDNN attention: {obstacle}; use 'xla'")
+    return _How(implementation, causal, sliding_window, softcap)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(how: _How, q, k, v, segment_ids) -> Any:
+    if how.implementation == "cudnn":
+        return cudnn.forward_only(q, k, v, causal=how.causal, window=how.window)
+    return _forward(how, q, k, v, segment_ids)[0]
+
+
+def _forward(how: _How, q, k, v, segment_ids):
+    options = {"causal": how.causal, "window": how.window}
+    if how.implementation == "cudnn":
+        return cudnn.flash_forward(q, k, v, **options)
+    return xla.flash_forward(q, k, v, segment_ids, softcap=how.softcap, **options)
+
+
+def _forward_rule(how: _How, q, k, v, segment_ids):
+    out, lse = _forward(how, q, k, v, segment_ids)
+    return out, (q, k, v, segment_ids, out, lse)
+
+
+def _backward(how: _How, residuals, d_out):
+    q, k, v, segment_ids, out, lse = residuals
+    options = {"causal": how.causal, "window": how.window}
+    if how.implementation == "cudnn":
+        gradients = cudnn.flash_backward(q, k, v, out, lse, d_out, **options)
+    else:
+        gradients = xla.flash_backward(
+            *residuals, d_out, softcap=how.softcap, **options
+        )
+    return *gradients, None
+
+
+_attention.defvjp(_forward_rule, _backward)
 
 
 def choose_implementation(

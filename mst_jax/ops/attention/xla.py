@@ -8,17 +8,12 @@ what their lengths cost. The backward pass keeps q, k, v, the output and the log
 """
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 BLOCK = 512
 """Queries and keys of a block: 32 heads of scores in f32 are 32 MiB."""
-RESIDUAL = "attention"
-"""Name of the output and the logsumexp for checkpoint policies."""
 
 
 @dataclass(frozen=True)
@@ -62,26 +57,64 @@ class _Mask:
         return jnp.where(mask[:, None, None], s, -jnp.inf)
 
 
-def flash_attention(q, k, v, segment_ids, *, causal, window, softcap, block=BLOCK):
-    """q [B, T, N, H], k and v [B, T, K, H], segment_ids [B, T] or None -> like q."""
-    B, T, N, H = q.shape
-    K = k.shape[2]
+def flash_forward(q, k, v, segment_ids, *, block=BLOCK, **options):
+    """Return (out, logsumexp).
+
+    Args:
+        q: [B, T, N, H].
+        k: [B, T, K, H], like v.
+        v: the values.
+        segment_ids: [B, T] or None.
+        block: queries and keys of a block.
+        **options: causal, window, softcap.
+
+    Returns:
+        out like q, and the logsumexp of each query's scores, f32 [B, N, T].
+    """
+    B, T, N, _ = q.shape
+    mask, pad = _mask(q, block, options)
+    arrays = _queries(q, k, pad), _keys(k, pad), _keys(v, pad)
+    out, lse = _forward(mask, *arrays, _segments(segment_ids, T, pad))
+    return _tokens_first(out, T), lse.reshape(B, N, -1)[..., :T]
+
+
+def flash_backward(q, k, v, segment_ids, out, lse, d_out, *, block=BLOCK, **options):
+    """Return (dq, dk, dv) from what `flash_forward` took and returned."""
+    T = q.shape[1]
+    mask, pad = _mask(q, block, options)
+    arrays = _queries(q, k, pad), _keys(k, pad), _keys(v, pad)
+    out, d_out = _queries(out, k, pad), _queries(d_out, k, pad)
+    lse = jnp.pad(lse, ((0, 0), (0, 0), (0, pad))).reshape(out.shape[:-1])
+    segments = _segments(segment_ids, T, pad)
+    gradients = _backward(mask, *arrays, segments, out, lse, d_out)
+    dq, dk, dv = (_tokens_first(a, T) for a in gradients)
+    return dq, dk, dv
+
+
+def _mask(q, block, options):
+    T = q.shape[1]
     block = min(block, -(-T // 16) * 16)
-    pad = -T % block
-    segments = jnp.zeros((B, T), jnp.int32) if segment_ids is None else segment_ids
+    return _Mask(T, block, **options), -T % block
+
+
+def _segments(ids, T, pad):
+    ids = jnp.zeros((1, T), jnp.int32) if ids is None else ids
     # Pad rows repeat the last segment: they make no new block pairs.
-    segments = jnp.pad(segments, ((0, 0), (0, pad)), mode="edge")
-    q, k, v = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))) for a in (q, k, v))
-    q = q.reshape(B, T + pad, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    k, v = (a.transpose(0, 2, 1, 3) for a in (k, v))
-    mask = _Mask(T, block, causal, window, softcap)
-    out = cast(jax.Array, _flash(mask, q, k, v, segments))
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T + pad, N, H)[:, :T]
+    return jnp.pad(ids, ((0, 0), (0, pad)), mode="edge")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _flash(mask, q, k, v, segments) -> Any:
-    return _forward(mask, q, k, v, segments)[0]
+def _keys(x, pad):
+    return jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
+
+
+def _queries(x, k, pad):
+    B, T, _, H = x.shape
+    return _keys(x, pad).reshape(B, k.shape[2], -1, T + pad, H)
+
+
+def _tokens_first(x, T):
+    x = x.reshape(x.shape[0], -1, *x.shape[-2:])
+    return x.swapaxes(1, 2)[:, :T]
 
 
 def _block(x, i, size, axis):
@@ -133,16 +166,10 @@ def _forward(mask, q, k, v, segments):
     out, lse = jax.lax.map(one_query_block, jnp.arange(q.shape[3] // C))
     out = jnp.moveaxis(out, 0, 3).reshape(q.shape)
     lse = jnp.moveaxis(lse, 0, 3).reshape(q.shape[:-1])
-    return checkpoint_name(out, RESIDUAL), checkpoint_name(lse, RESIDUAL)
+    return out, lse
 
 
-def _flash_forward(mask, q, k, v, segments):
-    out, lse = _forward(mask, q, k, v, segments)
-    return out, (q, k, v, segments, out, lse)
-
-
-def _flash_backward(mask, residuals, d_out):
-    q, k, v, segments, out, lse = residuals
+def _backward(mask, q, k, v, segments, out, lse, d_out):
     C, H = mask.block, q.shape[-1]
     first, past = _ranges(mask.pairs(segments).T)
     index = jnp.arange(C)
@@ -184,11 +211,9 @@ def _flash_backward(mask, residuals, d_out):
         one_key_block, jnp.zeros(q.shape, jnp.float32), jnp.arange(k.shape[2] // C)
     )
     dk, dv = (jnp.moveaxis(a, 0, 2).reshape(k.shape) for a in (dk, dv))
-    return (dq * scale).astype(q.dtype), dk, dv, None
+    return (dq * scale).astype(q.dtype), dk, dv
 
 
 def _f32(spec, a, b):
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
-
-_flash.defvjp(_flash_forward, _flash_backward)

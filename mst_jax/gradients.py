@@ -1,0 +1,129 @@
+"""Loss and gradients of one batch on one device's own shards, under a residual plan.
+
+    tokens -> embed -> layers (stack.py) -> final norm, LM head, loss -> back
+
+The pieces are apart because the two kinds of step need them apart: the ordinary one
+collects whole gradients, the one that updates in the backward pass has used the head's
+gradient before the layers' exist. Gradients are those of the sum of the losses.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mst_jax.config import Config, ModelConfig
+from mst_jax.layer import Context
+from mst_jax.ops.linear_cross_entropy import linear_cross_entropy
+from mst_jax.ops.rms_norm import rms_norm
+from mst_jax.ops.rope import rope_tables
+from mst_jax.ops.swiglu import mlp_chunk_size
+from mst_jax.optim import join_frozen, split_frozen
+from mst_jax.plan import Plan, parse_plan
+from mst_jax.stack import WeightsAt, stack_forward
+
+Batch = dict[str, jax.Array]
+
+
+@dataclass
+class Forward:
+    """What a forward pass leaves for the backward pass of the layers."""
+
+    plan: Plan
+    ctx: Context
+    kept: list[dict[str, jax.Array]]
+    total: jax.Array
+    """Sum of the losses, f32."""
+    count: jax.Array
+    """Labels that count, f32."""
+    d_head: Any
+    """Gradients of what the loss reads: final_norm, and lm_head or embed (tied)."""
+    dy: jax.Array
+    """Gradient of the last layer's output, [B, T, D]."""
+
+
+def forward(
+    cfg: Config, model: ModelConfig, rest: Any, weights_at: WeightsAt, batch: Batch
+) -> Forward:
+    """Run a batch, and the loss and the head both ways.
+
+    Args:
+        cfg: the plan, chunk sizes, dtypes and frozen parameters.
+        model: its shape.
+        rest: all parameters but the layers, whole.
+        weights_at: i -> layer i, whole, in the compute dtype (`compute_layer`).
+        batch: `tokens` and `labels` int [B, T], labels already shifted and -100 where
+            there is none; optionally `positions` and `segment_ids`.
+    """
+    tokens = batch["tokens"]
+    B, T = tokens.shape
+    positions = batch.get("positions")
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
+    plan = parse_plan(
+        cfg.train.plan, model.num_layers, head_groups=cfg.train.head_groups
+    )
+    ctx = Context(
+        cfg=model,
+        rope=rope_tables(model.rope, model.head_size, positions),
+        segment_ids=batch.get("segment_ids"),
+        chunk_size=layer_chunk_size(cfg, model, B, T),
+        head_groups=cfg.train.head_groups,
+    )
+    x = rest["embed"]["embedding"][tokens].astype(cfg.train.compute_dtype)
+    y, kept = stack_forward(plan, weights_at, x, ctx)
+
+    names = ("final_norm", "embed" if model.tie_embeddings else "lm_head")
+    head, frozen = split_frozen({n: rest[n] for n in names}, cfg.optim.freeze)
+
+    def loss(head, y):
+        head = join_frozen(head, frozen)
+        scale = head["final_norm"]["scale"]
+        hidden = rms_norm(y, scale, eps=model.rms_norm_eps)
+        weight = (
+            head["embed"]["embedding"].T
+            if model.tie_embeddings
+            else head["lm_head"]["kernel"]
+        )
+        return linear_cross_entropy(
+            hidden, weight, batch["labels"], chunk_size=cfg.train.loss_chunk_size
+        )
+
+    total, vjp, count = jax.vjp(loss, head, y, has_aux=True)
+    d_head, dy = vjp(jnp.ones_like(total))
+    return Forward(plan, ctx, kept, total, count, d_head, dy)
+
+
+def layer_chunk_size(cfg: Config, model: ModelConfig, batch: int, length: int) -> int:
+    """Return the tokens of a layer's chunk that the configuration stands for."""
+    if cfg.train.mlp_chunk_size is not None:
+        return cfg.train.mlp_chunk_size or length
+    dtype = jnp.dtype(cfg.train.compute_dtype)
+    return min(length, mlp_chunk_size(batch, model.intermediate_size, dtype))
+
+
+def embedding_gradient(
+    tokens: jax.Array, dx: jax.Array, embed: Any, d_tied: Any = None
+) -> Any:
+    """Return the f32 gradient of the embedding.
+
+    Args:
+        tokens: [B, T].
+        dx: [B, T, D] gradient of the first layer's input.
+        embed: the parameters, for their shape.
+        d_tied: the LM head's gradient when it is the same matrix.
+    """
+    shape = embed["embedding"].shape
+    total = jnp.zeros(shape, jnp.float32)
+    if d_tied is not None:
+        total = d_tied["embedding"].astype(jnp.float32)
+    # In f32: a frequent token's rows add up over the whole sequence.
+    return {"embedding": total.at[tokens].add(dx.astype(jnp.float32))}
+
+
+def compute_layer(layer: Any, cfg: Config) -> Any:
+    """Return a layer's weights with the matrices in the compute dtype."""
+    dtype = cfg.train.compute_dtype
+    return jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 1 else w, layer)
+

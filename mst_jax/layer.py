@@ -1,0 +1,316 @@
+"""One decoder layer in stages, forward and backward, in little memory.
+
+    q, k, v = rope(norm(x) W_q, ...)                       chunks of tokens
+    out, lse = attention(q, k, v)                          groups of key/value heads
+    h = x + out W_o;   y = h + swiglu(norm(h))             chunks of tokens
+
+The maths of `model.DecoderLayer`, with the backward pass written out, so that a plan
+decides what is kept and nothing else lives longer than it must. Beside the residuals the
+backward pass holds, in bytes a token of 16-bit activations,
+
+    x, out (then dq), dh (then dx):  3 * 2 D       dk, dv:  4 K H
+    one group's q, k, v, out, their gradients and attention's workspace, over the groups
+
+against 2 (7 D + 4 K H) and the whole workspace when nothing is cut. Weight gradients
+accumulate over the chunks in f32 and are returned so.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mst_jax.config import ModelConfig
+from mst_jax.mini_sequence import for_chunks, put_tokens, take_tokens
+from mst_jax.ops.attention import attention_backward, attention_forward
+from mst_jax.ops.rms_norm import rms_norm
+from mst_jax.ops.rope import apply_rope
+from mst_jax.ops.swiglu import gated, swiglu_backward
+
+Weights = dict[str, Any]
+Residuals = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all layers of a step share."""
+
+    cfg: ModelConfig
+    rope: tuple[jax.Array, jax.Array]
+    """cos and sin, f32 [B, T, H/2]."""
+    segment_ids: jax.Array | None
+    """[B, T] documents of a packed row, or None."""
+    chunk_size: int
+    """Tokens of a chunk."""
+    head_groups: int = 1
+    """Groups of key/value heads that attention runs on one after the other."""
+    implementation: str | None = None
+    """Of attention."""
+
+
+def layer_forward(
+    p: Weights, x: jax.Array, ctx: Context, keep: Collection[str] = ()
+) -> tuple[jax.Array, Residuals]:
+    """Run a layer.
+
+    Args:
+        p: one layer's weights, as `model.DecoderLayer` names them; the matrices in
+            x's dtype.
+        x: [B, T, D].
+        ctx: see `Context`.
+        keep: the residuals to return, see `plan.RESIDUALS`.
+
+    Returns:
+        (y, kept), kept by name: input; q, k, v; out, lse; mlp_input; gate, up.
+    """
+    kept = {"input": x} if "input" in keep else {}
+    out, lse, qkv = _attend(p, x, ctx, keep_qkv="qkv" in keep)
+    kept |= qkv
+    if "attention" in keep:
+        kept |= {"out": out, "lse": lse}
+    y, after = _after(p, x, out, ctx, keep)
+    return y, kept | after
+
+
+def layer_backward(
+    p: Weights, kept: Residuals, dy: jax.Array, ctx: Context
+) -> tuple[Weights, jax.Array]:
+    """Return (f32 gradients of p, gradient of the input) from what was kept."""
+    kept = dict(kept)
+    x = kept["input"]
+    if "out" not in kept:
+        out, lse, _ = _attend(p, x, ctx, kept=kept)
+        kept |= {"out": out, "lse": lse}
+    d_mlp, d_mlp_norm, dwo, dh = _after_backward(p, kept, dy, ctx)
+    dq, dk, dv = _attend_backward(p, kept, dh, ctx)
+    d_norm, d_attention, dx = _before_backward(p, x, (dq, dk, dv), dh, ctx)
+    return {
+        "attention_norm": d_norm,
+        "attention": {**d_attention, "wo": dwo},
+        "mlp_norm": d_mlp_norm,
+        "mlp": d_mlp,
+    }, dx
+
+
+# --- before attention: norm, projections, RoPE ---
+
+
+def _project(p: Weights, x: jax.Array, ctx: Context) -> tuple[jax.Array, ...]:
+    """Return q, k, v of p's heads, all tokens."""
+    B, T, _ = x.shape
+    weights = [p["attention"][name] for name in ("wq", "wk", "wv")]
+    H = ctx.cfg.head_size
+
+    def body(qkv, start, size):
+        normed = _norm(p["attention_norm"], take_tokens(x, start, size), ctx)
+        rope = [take_tokens(table, start, size) for table in ctx.rope]
+        q, k, v = (
+            (normed @ w).reshape(B, size, -1, H) for w in weights
+        )
+        new = (apply_rope(q, *rope), apply_rope(k, *rope), v)
+        return [put_tokens(a, b, start) for a, b in zip(qkv, new, strict=True)]
+
+    empty = [jnp.zeros((B, T, w.shape[1] // H, H), x.dtype) for w in weights]
+    return tuple(for_chunks(T, ctx.chunk_size, body, empty))
+
+
+def _before_backward(p, x, d_qkv, dh, ctx):
+    """Return the gradients of the norm, of wq, wk, wv, and of x; dh is overwritten."""
+    B, T, _ = x.shape
+    names = ("wq", "wk", "wv")
+
+    def body(carry, start, size):
+        d, d_norm, totals = carry
+        normed, norm_vjp = _norm_vjp(p, "attention_norm", x, start, size, ctx)
+        cos, sin = (take_tokens(table, start, size) for table in ctx.rope)
+        dq, dk, dv = (take_tokens(a, start, size) for a in d_qkv)
+        flat = [
+            a.reshape(B, size, -1)  # the rotation's transpose turns back
+            for a in (apply_rope(dq, cos, -sin), apply_rope(dk, cos, -sin), dv)
+        ]
+        d_normed = sum(
+            _f32("BCO,IO->BCI", a, p["attention"][name])
+            for a, name in zip(flat, names, strict=True)
+        )
+        totals = [t + _outer(normed, a) for t, a in zip(totals, flat, strict=True)]
+        d_scale, dx = norm_vjp(d_normed.astype(x.dtype))
+        d = put_tokens(d, take_tokens(d, start, size) + dx, start)
+        return d, d_norm + d_scale, totals
+
+    zeros = [jnp.zeros(p["attention"][name].shape, jnp.float32) for name in names]
+    d_norm = jnp.zeros(p["attention_norm"]["scale"].shape, jnp.float32)
+    dx, d_norm, totals = for_chunks(T, ctx.chunk_size, body, (dh, d_norm, zeros))
+    return {"scale": d_norm}, dict(zip(names, totals, strict=True)), dx
+
+
+# --- attention, one group of heads at a time ---
+
+
+def _attend(p, x, ctx, *, keep_qkv=False, kept=None):
+    """Return out [B, T, N, H], lse [B, N, T], and q, k, v if they are to be kept."""
+    kept = kept or {}
+    groups = ctx.head_groups
+    options = _attention_options(ctx)
+    if groups == 1:
+        qkv = _heads(p, x, kept, 0, ctx)
+        out, lse = attention_forward(*qkv, **options)
+        return out, lse, dict(zip("qkv", qkv, strict=True)) if keep_qkv else {}
+
+    def body(g, carry):
+        out, lse, stored = carry
+        qkv = _heads(p, x, kept, g, ctx)
+        out_g, lse_g = attention_forward(*qkv, **options)
+        stored = [_put_heads(a, b, g, 2) for a, b in zip(stored, qkv, strict=False)]
+        return _put_heads(out, out_g, g, 2), _put_heads(lse, lse_g, g, 1), stored
+
+    B, T, _ = x.shape
+    N, K, H = ctx.cfg.num_heads, ctx.cfg.num_kv_heads, ctx.cfg.head_size
+    stored = [jnp.zeros((B, T, n, H), x.dtype) for n in (N, K, K)] if keep_qkv else []
+    empty = jnp.zeros((B, T, N, H), x.dtype), jnp.zeros((B, N, T), jnp.float32), stored
+    out, lse, stored = jax.lax.fori_loop(0, groups, body, empty)
+    return out, lse, dict(zip("qkv", stored, strict=False))
+
+
+def _attend_backward(p, kept, dh, ctx):
+    """Return dq, dk, dv [B, T, heads, H]; out's buffer becomes dq's."""
+    x, out, lse = kept["input"], kept["out"], kept["lse"]
+    B, T, N, H = out.shape
+    K = ctx.cfg.num_kv_heads
+    groups = ctx.head_groups
+
+    def one(g, out_g, lse_g):
+        qkv = _heads(p, x, kept, g, ctx)
+        wo = _slice(p["attention"]["wo"], g, groups, 0)
+        d_out = jnp.einsum("BTD,ID->BTI", dh, wo).reshape(out_g.shape)
+        return attention_backward(*qkv, out_g, lse_g, d_out, **_attention_options(ctx))
+
+    if groups == 1:
+        return one(0, out, lse)
+
+    def body(g, carry):
+        dq, dk, dv = carry
+        new = one(g, _slice(dq, g, groups, 2), _slice(lse, g, groups, 1))
+        return tuple(
+            _put_heads(a, b, g, 2) for a, b in zip((dq, dk, dv), new, strict=True)
+        )
+
+    empty = jnp.zeros((B, T, K, H), out.dtype)
+    return jax.lax.fori_loop(0, groups, body, (out, empty, empty))
+
+
+def _heads(p, x, kept, g, ctx):
+    """q, k, v of group g: kept ones, or projected from x."""
+    groups = ctx.head_groups
+    if "q" in kept:
+        return [_slice(kept[name], g, groups, 2) for name in "qkv"]
+    sliced = {n: _slice(p["attention"][n], g, groups, 1) for n in ("wq", "wk", "wv")}
+    return _project({**p, "attention": sliced}, x, ctx)
+
+
+def _attention_options(ctx: Context) -> dict[str, Any]:
+    return {
+        "segment_ids": ctx.segment_ids,
+        "sliding_window": ctx.cfg.sliding_window,
+        "implementation": ctx.implementation,
+    }
+
+
+def _slice(a, g, groups, axis):
+    if groups == 1:
+        return a
+    size = a.shape[axis] // groups
+    return jax.lax.dynamic_slice_in_dim(a, g * size, size, axis)
+
+
+def _put_heads(a, part, g, axis):
+    return jax.lax.dynamic_update_slice_in_dim(a, part, g * part.shape[axis], axis)
+
+
+# --- after attention: output projection, MLP ---
+
+
+def _after(p, x, out, ctx, keep):
+    """Return y, and of mlp_input, gate and up what is to be kept."""
+    B, T, D = x.shape
+    mlp, wo = p["mlp"], p["attention"]["wo"]
+    F = mlp["w_gate"].shape[1]
+
+    def body(carry, start, size):
+        y, kept = carry
+        h = take_tokens(y, start, size)  # still x there
+        h = h + take_tokens(out, start, size).reshape(B, size, -1) @ wo
+        normed = _norm(p["mlp_norm"], h, ctx)
+        new = {"mlp_input": h, "gate": normed @ mlp["w_gate"], "up": normed @ mlp["w_up"]}
+        z = h + gated("silu", new["gate"], new["up"]) @ mlp["w_down"]
+        kept = {name: put_tokens(a, new[name], start) for name, a in kept.items()}
+        return put_tokens(y, z, start), kept
+
+    widths = {"mlp_input": D} if "mlp_input" in keep else {}
+    widths |= {"gate": F, "up": F} if "gate_up" in keep else {}
+    empty = {name: jnp.zeros((B, T, n), x.dtype) for name, n in widths.items()}
+    return for_chunks(T, ctx.chunk_size, body, (x, empty))
+
+
+def _after_backward(p, kept, dy, ctx):
+    """Return the gradients of mlp, mlp_norm, wo, and of h; dy is overwritten."""
+    x, out = kept["input"], kept["out"]
+    B, T, _ = x.shape
+    mlp, wo = p["mlp"], p["attention"]["wo"]
+    weights = (mlp["w_gate"], mlp["w_up"], mlp["w_down"])
+
+    def body(carry, start, size):
+        d, totals, d_norm, dwo = carry
+        out_c = take_tokens(out, start, size).reshape(B, size, -1)
+        if "mlp_input" in kept:
+            h = take_tokens(kept["mlp_input"], start, size)
+        else:
+            h = take_tokens(x, start, size) + out_c @ wo
+        normed, norm_vjp = _norm_vjp(p, "mlp_norm", h, 0, size, ctx)
+        if "gate" in kept:
+            gate, up = (take_tokens(kept[n], start, size) for n in ("gate", "up"))
+        else:
+            gate, up = normed @ weights[0], normed @ weights[1]
+        dy = take_tokens(d, start, size)
+        d_normed, totals = swiglu_backward(
+            "silu", normed, gate, up, dy, weights, totals
+        )
+        d_scale, dh = norm_vjp(d_normed)
+        dh = dy + dh
+        return put_tokens(d, dh, start), totals, d_norm + d_scale, dwo + _outer(
+            out_c, dh
+        )
+
+    zeros = [jnp.zeros(w.shape, jnp.float32) for w in weights]
+    d_norm = jnp.zeros(p["mlp_norm"]["scale"].shape, jnp.float32)
+    carry = (dy, zeros, d_norm, jnp.zeros(wo.shape, jnp.float32))
+    dh, totals, d_norm, dwo = for_chunks(T, ctx.chunk_size, body, carry)
+    names = ("w_gate", "w_up", "w_down")
+    return dict(zip(names, totals, strict=True)), {"scale": d_norm}, dwo, dh
+
+
+# --- shared ---
+
+
+def _norm(p: Weights, x: jax.Array, ctx: Context) -> jax.Array:
+    return rms_norm(x, p["scale"], eps=ctx.cfg.rms_norm_eps)
+
+
+def _norm_vjp(
+    p: Weights, name: str, x: jax.Array, start: Any, size: int, ctx: Context
+) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, jax.Array]]]:
+    """Normalise a chunk; return it and dy -> (f32 gradient of the scale, dx)."""
+    scale = p[name]["scale"].astype(jnp.float32)
+    chunk = take_tokens(x, start, size)
+    return jax.vjp(
+        lambda scale, x: rms_norm(x, scale, eps=ctx.cfg.rms_norm_eps), scale, chunk
+    )
+
+
+def _f32(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a, b.astype(a.dtype), preferred_element_type=jnp.float32)
+
+
+def _outer(a: jax.Array, b: jax.Array) -> jax.Array:
+    return _f32("BCI,BCO->IO", a, b)
