@@ -29,6 +29,6 @@ def get_config() -> Config:
             param_dtype="bfloat16",
         ),
         train=TrainConfig(
-            steps=1000, remat="save_attention", eval_every=100, save_every=100, keep=1,
+            steps=1000, plan="save_attention", eval_every=100, save_every=100, keep=1,
         ),
     )  # fmt: skip

@@ -23,7 +23,9 @@ def _check_types(owner: Any) -> None:
             _one_of(owner, name, get_args(hint))
             continue
         if get_origin(hint) is tuple:
-            if not isinstance(value, tuple) or not all(isinstance(v, str) for v in value):
+            if not isinstance(value, tuple) or not all(
+                isinstance(v, str) for v in value
+            ):
                 _fail(owner, name, "must be a tuple of strings")
             continue
         kinds = get_args(hint) or (hint,)
@@ -255,9 +257,9 @@ class OptimConfig:
     clip_norm: float | None = 1.0
     """Clip gradients to this norm; None does not clip."""
     clip: Literal["global", "layer"] = "global"
-    """Norm of all gradients together, or of each layer's (and of the embedding's and the
-    head's) apart. With in_backward, 'global' runs the backward pass twice: the norm is
-    known only after all of it."""
+    """Norm of all gradients together, or of each layer's (and of the embedding's and
+    the head's) apart. With in_backward, 'global' runs the backward pass twice: the norm
+    is known only after all of it."""
     in_backward: bool = False
     """Update each layer as soon as its gradient is there: no whole gradient is held."""
     freeze: tuple[str, ...] = ()
@@ -306,9 +308,10 @@ class TrainConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of activations and of the weights in matrix products."""
     plan: str = "save_attention"
-    """What layers keep for the backward pass: 'full' their inputs, 'save_attention' also
-    attention's output, 'none' recomputes nothing, 'offload' and 'offload_attention' keep
-    it in host memory; or groups as in '8 offload=input; 24 save=input+attention'."""
+    """What layers keep for the backward pass: 'full' their inputs, 'save_attention'
+    also attention's output, 'none' recomputes nothing, 'offload' and
+    'offload_attention' keep it in host memory; or groups as in '8 offload=input; 24
+    save=input+attention'."""
     head_groups: int = 1
     """Attention runs on num_kv_heads / head_groups key/value heads at a time: less
     memory, slightly slower. Divides num_kv_heads."""
@@ -387,7 +390,6 @@ class Config:
                     f"ModelConfig.vocab_size={self.model.vocab_size} is below the 256 "
                     "of tokenizer='bytes'"
                 )
-
 
     def _check_in_backward(self) -> None:
         if not self.optim.in_backward:

@@ -61,9 +61,7 @@ def forward(
     positions = batch.get("positions")
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
-    plan = parse_plan(
-        cfg.train.plan, model.num_layers, head_groups=cfg.train.head_groups
-    )
+    plan = make_plan(cfg, model)
     ctx = Context(
         cfg=model,
         rope=rope_tables(model.rope, model.head_size, positions),
@@ -93,6 +91,21 @@ def forward(
     total, vjp, count = jax.vjp(loss, head, y, has_aux=True)
     d_head, dy = vjp(jnp.ones_like(total))
     return Forward(plan, ctx, kept, total, count, d_head, dy)
+
+
+def make_plan(cfg: Config, model: ModelConfig) -> Plan:
+    """Return the plan of a run.
+
+    Raises:
+        ValueError: it does not fit the model.
+    """
+    if model.num_kv_heads % cfg.train.head_groups:
+        raise ValueError(
+            f"TrainConfig.head_groups={cfg.train.head_groups} must divide "
+            f"num_kv_heads={model.num_kv_heads}"
+        )
+    plan, groups = cfg.train.plan, cfg.train.head_groups
+    return parse_plan(plan, model.num_layers, head_groups=groups)
 
 
 def layer_chunk_size(cfg: Config, model: ModelConfig, batch: int, length: int) -> int:
@@ -126,4 +139,3 @@ def compute_layer(layer: Any, cfg: Config) -> Any:
     """Return a layer's weights with the matrices in the compute dtype."""
     dtype = cfg.train.compute_dtype
     return jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 1 else w, layer)
-

@@ -5,8 +5,8 @@
     h = x + out W_o;   y = h + swiglu(norm(h))             chunks of tokens
 
 The maths of `model.DecoderLayer`, with the backward pass written out, so that a plan
-decides what is kept and nothing else lives longer than it must. Beside the residuals the
-backward pass holds, in bytes a token of 16-bit activations,
+decides what is kept and nothing else lives longer than it must. Beside the residuals
+the backward pass holds, in bytes a token of 16-bit activations,
 
     x, out (then dq), dh (then dx):  3 * 2 D       dk, dv:  4 K H
     one group's q, k, v, out, their gradients and attention's workspace, over the groups
@@ -106,9 +106,7 @@ def _project(p: Weights, x: jax.Array, ctx: Context) -> tuple[jax.Array, ...]:
     def body(qkv, start, size):
         normed = _norm(p["attention_norm"], take_tokens(x, start, size), ctx)
         rope = [take_tokens(table, start, size) for table in ctx.rope]
-        q, k, v = (
-            (normed @ w).reshape(B, size, -1, H) for w in weights
-        )
+        q, k, v = ((normed @ w).reshape(B, size, -1, H) for w in weights)
         new = (apply_rope(q, *rope), apply_rope(k, *rope), v)
         return [put_tokens(a, b, start) for a, b in zip(qkv, new, strict=True)]
 
@@ -130,10 +128,9 @@ def _before_backward(p, x, d_qkv, dh, ctx):
             a.reshape(B, size, -1)  # the rotation's transpose turns back
             for a in (apply_rope(dq, cos, -sin), apply_rope(dk, cos, -sin), dv)
         ]
-        d_normed = sum(
-            _f32("BCO,IO->BCI", a, p["attention"][name])
-            for a, name in zip(flat, names, strict=True)
-        )
+        d_normed = jnp.zeros((), jnp.float32)
+        for a, name in zip(flat, names, strict=True):
+            d_normed += _f32("BCO,IO->BCI", a, p["attention"][name])
         totals = [t + _outer(normed, a) for t, a in zip(totals, flat, strict=True)]
         d_scale, dx = norm_vjp(d_normed.astype(x.dtype))
         d = put_tokens(d, take_tokens(d, start, size) + dx, start)
@@ -181,10 +178,11 @@ def _attend_backward(p, kept, dh, ctx):
     groups = ctx.head_groups
 
     def one(g, out_g, lse_g):
-        qkv = _heads(p, x, kept, g, ctx)
+        q, k, v = _heads(p, x, kept, g, ctx)
         wo = _slice(p["attention"]["wo"], g, groups, 0)
         d_out = jnp.einsum("BTD,ID->BTI", dh, wo).reshape(out_g.shape)
-        return attention_backward(*qkv, out_g, lse_g, d_out, **_attention_options(ctx))
+        options = _attention_options(ctx)
+        return attention_backward(q, k, v, out_g, lse_g, d_out, **options)
 
     if groups == 1:
         return one(0, out, lse)
@@ -242,7 +240,11 @@ def _after(p, x, out, ctx, keep):
         h = take_tokens(y, start, size)  # still x there
         h = h + take_tokens(out, start, size).reshape(B, size, -1) @ wo
         normed = _norm(p["mlp_norm"], h, ctx)
-        new = {"mlp_input": h, "gate": normed @ mlp["w_gate"], "up": normed @ mlp["w_up"]}
+        new = {
+            "mlp_input": h,
+            "gate": normed @ mlp["w_gate"],
+            "up": normed @ mlp["w_up"],
+        }
         z = h + gated("silu", new["gate"], new["up"]) @ mlp["w_down"]
         kept = {name: put_tokens(a, new[name], start) for name, a in kept.items()}
         return put_tokens(y, z, start), kept
@@ -278,8 +280,11 @@ def _after_backward(p, kept, dy, ctx):
         )
         d_scale, dh = norm_vjp(d_normed)
         dh = dy + dh
-        return put_tokens(d, dh, start), totals, d_norm + d_scale, dwo + _outer(
-            out_c, dh
+        return (
+            put_tokens(d, dh, start),
+            totals,
+            d_norm + d_scale,
+            dwo + _outer(out_c, dh),
         )
 
     zeros = [jnp.zeros(w.shape, jnp.float32) for w in weights]

@@ -2,13 +2,13 @@
 
     h = x + attention(norm(x));   y = h + mlp(norm(h))
 
-Layers are stacked on axis 0 and run by one scan. The MLP runs on chunks of the sequence:
-O(T F) -> O(C F). The LM head is not applied here: `loss.py` turns hidden states into a
-loss without ever holding the logits.
+Layers are stacked on axis 0 and run by one scan. The MLP runs on chunks of the
+sequence: O(T F) -> O(C F). The LM head is not applied here: `loss.py` turns hidden
+states into a loss without ever holding the logits.
 
-This is the model to read, to evaluate, and to differentiate with `jax.grad`, which keeps
-each layer's input and computes the rest again. Training runs the same layers through
-`stack.py`, which keeps what a plan says.
+This is the model to read, to evaluate, and to differentiate with `jax.grad`, which
+keeps each layer's input and computes the rest again. Training runs the same layers
+through `stack.py`, which keeps what a plan says.
 """
 
 from collections.abc import Callable

@@ -72,7 +72,7 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation
 
 
 def init_state(optimizer: optax.GradientTransformation, params: Any) -> Any:
-    """Return optimizer state for each top-level name; per layer [L, ...] for `layers`."""
+    """Return optimizer state by top-level name; of `layers`, per layer [L, ...]."""
 
     def init(params):
         return optimizer.init(_f32(params))

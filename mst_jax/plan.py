@@ -1,8 +1,8 @@
 """The residual plan: what each layer keeps between its forward and its backward pass.
 
-A residual is saved in device memory, offloaded to host memory, or, if neither, computed
-again. For hidden width D, query and key/value heads N and K of size H, and MLP width F, a
-token costs in 16 bits
+A residual is saved in device memory, offloaded to host memory, or, if neither,
+computed again. For hidden width D, query and key/value heads N and K of size H, and MLP
+width F, a token costs in 16 bits
 
     input      2 D             the layer's input; always kept
     qkv        2 (N + 2 K) H   queries, keys and values after RoPE
@@ -10,9 +10,9 @@ token costs in 16 bits
     mlp_input  2 D             the residual stream between attention and MLP
     gate_up    4 F             the MLP's gate and up projections
 
-Layers are grouped: each group has its own choice, and may keep inputs only of every k-th
-layer and run the layers in between again from there. `parse_plan` reads the text form,
-`str(plan)` writes it:
+Layers are grouped: each group has its own choice, and may keep inputs only of every
+k-th layer and run the layers in between again from there. `parse_plan` reads the text
+form, `str(plan)` writes it:
 
     "8 offload=input; 24 save=input+attention"
     "* offload=input every=2"
@@ -142,7 +142,9 @@ def _group(text: str) -> LayerGroup:
     if unknown := (save | offload) - set(RESIDUALS):
         raise ValueError(f"plan group {text!r}: {sorted(unknown)} not in {RESIDUALS}")
     if both := save & offload:
-        raise ValueError(f"plan group {text!r}: {sorted(both)} both saved and offloaded")
+        raise ValueError(
+            f"plan group {text!r}: {sorted(both)} both saved and offloaded"
+        )
     if "input" not in save | offload:
         raise ValueError(f"plan group {text!r}: 'input' must be saved or offloaded")
     if int(every) > 1 and offload - {"input"}:

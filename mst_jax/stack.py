@@ -1,13 +1,14 @@
 """The stacked layers, forward and backward, under a residual plan.
 
-Forward, a scan stacks what the plan keeps of each layer. Backward, a loop runs the layers
-in reverse and hands each layer's gradients to `consume`, which stores them (the ordinary
-step) or updates that layer's weights at once (the optimizer in the backward pass: no
-whole gradient is ever held). Weights are read through `weights_at`, so both may live in
-the loop's carry and change in place.
+Forward, a scan stacks what the plan keeps of each layer. Backward, a loop runs the
+layers in reverse and hands each layer's gradients to `consume`, which stores them (the
+ordinary step) or updates that layer's weights at once (the optimizer in the backward
+pass: no whole gradient is ever held). Weights are read through `weights_at`, so both
+may live in the loop's carry and change in place.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -106,7 +107,7 @@ def stack_backward(
         gradients, dx = layer_backward(weights_at(carry, i), residuals, dx, ctx)
         return dx, consume(carry, i, gradients)
 
-    def one_block(state, first, residuals, group):
+    def one_block(group, state, first, residuals):
         inner = LayerGroup(layers=group.every, save=group.save | {"input"})
         _, inside = _layers(
             lambda i: weights_at(state[1], i), residuals["input"], ctx, first, inner
@@ -116,9 +117,7 @@ def stack_backward(
     state, start = (dy, carry), sum(group.layers for group in plan.groups)
     for group, residuals in zip(plan.groups[::-1], kept[::-1], strict=True):
         start -= group.layers
-        body = one_layer
-        if group.every > 1:
-            body = lambda *args, group=group: one_block(*args, group)  # noqa: E731
+        body = one_layer if group.every == 1 else partial(one_block, group)
         state = _reversed(body, state, start, group.layers, group.every, residuals)
     return state
 

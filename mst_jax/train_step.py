@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -177,7 +176,9 @@ def make_train_step(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...
     if cfg.optim.in_backward:
         run = partial(_step_in_backward, cfg, model, optimizer)
     else:
-        run = partial(_step_after_backward, cfg, make_gradients(cfg, model, mesh), optimizer)
+        run = partial(
+            _step_after_backward, cfg, make_gradients(cfg, model, mesh), optimizer
+        )
     base_key = cfg.train.seed
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -191,7 +192,10 @@ def make_train_step(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...
         }
         return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    # XLA's own rematerialization counts arrays in host memory as the device's, and then
+    # computes matrix products twice.
+    options = {"xla_disable_hlo_passes": "rematerialization"}
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 def _step_after_backward(cfg, gradients_of, optimizer, state, batch, key):
@@ -219,7 +223,9 @@ def _step_in_backward(cfg, model, optimizer, state, batch, key):
         return compute_layer(at(join_frozen(stack, frozen_layers), i), cfg)
 
     def train_only(gradients):
-        return split_frozen({"layers": gradients}, cfg.optim.freeze)[0].get("layers", {})
+        return split_frozen({"layers": gradients}, cfg.optim.freeze)[0].get(
+            "layers", {}
+        )
 
     stack = trained.get("layers", {})
     run = forward(cfg, model, rest, partial(weights_at, stack), batch)

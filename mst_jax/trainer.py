@@ -25,6 +25,7 @@ from mst_jax import hf
 from mst_jax.checkpoint import Checkpoints
 from mst_jax.config import Config, ModelConfig, to_dict
 from mst_jax.data import Data, load_data
+from mst_jax.gradients import layer_chunk_size, make_plan
 from mst_jax.hf_config import model_config_from_hf
 from mst_jax.metrics import (
     MetricsWriter,
@@ -36,7 +37,7 @@ from mst_jax.metrics import (
 from mst_jax.model import init_params
 from mst_jax.ops.attention import choose_implementation
 from mst_jax.ops.linear_cross_entropy import loss_chunk_size
-from mst_jax.ops.swiglu import mlp_chunk_size
+from mst_jax.optim import check_frozen
 from mst_jax.sharding import check_divisible, make_mesh, named, param_specs
 from mst_jax.train_step import (
     BATCH_SPEC,
@@ -79,6 +80,9 @@ class _Run:
         assert model is not None  # Config makes sure of it
         self.model: ModelConfig = model
         check_divisible(self.model, cfg.mesh)
+        shapes = jax.eval_shape(lambda: init_params(self.model, 0))
+        check_frozen(shapes, cfg.optim.freeze)
+        self.plan = make_plan(cfg, self.model)
         self.mesh = make_mesh(cfg.mesh)
         self.checkpoints = Checkpoints(self.out / "checkpoints", keep=cfg.train.keep)
         self._check_same_run()
@@ -333,37 +337,31 @@ class _Run:
 
 def describe(cfg: Config, model: ModelConfig, data: Data) -> list[str]:
     """Return the lines that say what will run: model, data, plan, and why."""
+    T = cfg.data.seq_len
     batch = cfg.data.batch_size // (cfg.mesh.data * cfg.mesh.fsdp)
-    mlp = cfg.train.mlp_chunk_size
-    if mlp is None:
-        mlp = mlp_chunk_size(
-            batch, model.intermediate_size, jnp.dtype(cfg.train.compute_dtype)
-        )
+    chunk = layer_chunk_size(cfg, model, batch, T)
     head = cfg.train.loss_chunk_size or loss_chunk_size(batch, model.vocab_size)
     name, why = choose_implementation(
         model.head_size,
         jnp.dtype(cfg.train.compute_dtype),
         segmented=cfg.data.packing,
     )
-    saved = {
-        "full": "layer inputs; all else is recomputed",
-        "save_attention": "layer inputs, attention output and logsumexp; the rest is "
-        "recomputed",
-        "none": "everything but what is inside a chunk",
-    }[cfg.train.remat]
-    T = cfg.data.seq_len
     peak = peak_flops()
     tokens = f"{data.num_tokens:,} tokens" if data.num_tokens else "streamed"
+    heads = model.num_kv_heads // cfg.train.head_groups
     lines = [
         f"model      {model.num_params:,} parameters in {cfg.optim.param_dtype}, "
         f"computed in {cfg.train.compute_dtype}",
         f"data       {cfg.data.source}: {tokens}, T = {T}, batch {cfg.data.batch_size} "
         f"x {cfg.train.accumulate}",
-        f"mlp        chunks of {min(mlp, T) if mlp else T} of {T} tokens (xla)",
+        f"layers     chunks of {chunk} of {T} tokens (xla)",
         f"loss       chunks of {min(head, T)} of {T} tokens, gradients in the forward "
         "pass (xla)",
-        f"attention  {name}" + (f": cuDNN {why}" if name == "xla" else ""),
-        f"saved      {saved}",
+        f"attention  {name}, {heads} of {model.num_kv_heads} key/value heads at a time"
+        + (f": cuDNN {why}" if name == "xla" else ""),
+        f"plan       {make_plan(cfg, model)} (what is not named is recomputed)",
+        f"update     {cfg.optim.name}, "
+        + ("in the backward pass" if cfg.optim.in_backward else "after it"),
         f"devices    {cfg.mesh.data * cfg.mesh.fsdp} x {jax.devices()[0].device_kind}"
         + (f", peak {peak[1] / 1e12:.0f} TFLOP/s ({peak[0]})" if peak else ""),
     ]

@@ -11,13 +11,18 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mst_jax"
 # A module imports from lower ranks, or from its own where a rank is a folder.
 RANKS = {
-    "config": 0,
-    "mini_sequence": 1,
+    "plan": 0,
+    "mini_sequence": 0,
+    "config": 1,
     "ops": 2,
+    "low_precision": 2,
     "model": 3,
+    "layer": 3,
     "loss": 4,
-    "optim": 5,
-    "sharding": 5,
+    "stack": 4,
+    "optim": 4,
+    "sharding": 4,
+    "gradients": 5,
     "train_step": 6,
     "trainer": 7,
     "cli": 8,
@@ -114,7 +119,7 @@ def test_leaves_import_only_config_and_leaves_they_name(module):
     assert {unit(imported) for imported, _ in imports(module)} <= allowed
 
 
-@pytest.mark.parametrize("module", ["mst_jax.config", "mst_jax.mini_sequence"])
+@pytest.mark.parametrize("module", ["mst_jax.plan", "mst_jax.mini_sequence"])
 def test_the_ground_imports_nothing_of_the_package(module):
     assert imports(module) == []
 
@@ -122,7 +127,7 @@ def test_the_ground_imports_nothing_of_the_package(module):
 def test_few_files_to_open_from_the_model():
     files = reached("mst_jax.model")
     lines = {m: len(MODULES[m].read_text().splitlines()) for m in sorted(files)}
-    assert len(lines) <= 8, lines
+    assert len(lines) <= 10, lines
     assert sum(lines.values()) <= 1500, (sum(lines.values()), lines)
 
 

@@ -72,12 +72,11 @@ def attention_backward(
     segment_ids: Int[Array, "B T"] | None = None,
     sliding_window: int | None = None,
     implementation: str | None = None,
-) -> tuple[
-    Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]
-]:
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Return (dq, dk, dv) from what `attention_forward` took and returned."""
     how = _choose(q, k, v, True, sliding_window, segment_ids, None, implementation)
-    return _backward(how, (q, k, v, segment_ids, out, lse), d_out)[:3]
+    dq, dk, dv, _ = _backward(how, (q, k, v, segment_ids, out, lse), d_out)
+    return dq, dk, dv
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def _attention(how: _How, q, k, v, segment_ids) -> Any:
     return _forward(how, q, k, v, segment_ids)[0]
 
 
-def _forward(how: _How, q, k, v, segment_ids):
+def _forward(how: _How, q, k, v, segment_ids) -> tuple[jax.Array, jax.Array]:
     options = {"causal": how.causal, "window": how.window}
     if how.implementation == "cudnn":
         return cudnn.flash_forward(q, k, v, **options)
@@ -135,12 +134,12 @@ def _backward(how: _How, residuals, d_out):
     q, k, v, segment_ids, out, lse = residuals
     options = {"causal": how.causal, "window": how.window}
     if how.implementation == "cudnn":
-        gradients = cudnn.flash_backward(q, k, v, out, lse, d_out, **options)
+        dq, dk, dv = cudnn.flash_backward(q, k, v, out, lse, d_out, **options)
     else:
-        gradients = xla.flash_backward(
-            *residuals, d_out, softcap=how.softcap, **options
+        dq, dk, dv = xla.flash_backward(
+            q, k, v, segment_ids, out, lse, d_out, softcap=how.softcap, **options
         )
-    return *gradients, None
+    return dq, dk, dv, None
 
 
 _attention.defvjp(_forward_rule, _backward)

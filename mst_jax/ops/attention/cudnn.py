@@ -1,11 +1,12 @@
 """cuDNN's flash attention, forward and backward as two calls.
 
-JAX exposes the pair only as one differentiable function, which decides by itself what it
-keeps. The memory engine decides that, so the backward primitive is bound here: the one
-place that reads JAX's private cuDNN module (JAX 0.10.2 to 0.12).
+JAX exposes the pair only as one differentiable function, which decides by itself what
+it keeps. The memory engine decides that, so the backward primitive is bound here: the
+one place that reads JAX's private cuDNN module (JAX 0.10.2 to 0.12).
 """
 
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,12 @@ from jax._src.cudnn import fused_attention_stablehlo as fused
 
 def flash_forward(q, k, v, *, causal, window):
     """q [B, T, N, H], k and v [B, T, K, H] -> (out like q, logsumexp [B, N, T] f32)."""
-    return fused.dot_product_attention(
+    found: Any = fused.dot_product_attention(
         q, k, v, scale=q.shape[-1] ** -0.5, mask_type=_mask_type(causal),
         sliding_window_length=window, return_residual=True,
     )  # fmt: skip
+    out, lse = found
+    return out, lse
 
 
 def flash_backward(q, k, v, out, lse, d_out, *, causal, window):

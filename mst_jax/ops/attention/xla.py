@@ -216,4 +216,3 @@ def _backward(mask, q, k, v, segments, out, lse, d_out):
 
 def _f32(spec, a, b):
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
-
