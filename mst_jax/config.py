@@ -271,11 +271,18 @@ class OptimConfig:
     moment_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     """Of the optimizer's moments: bfloat16 is rounded stochastically, int8 is quantised
     in blocks of 256."""
+    state_on_host: bool = False
+    """Keep the layers' optimizer state in pinned host memory."""
 
     def __post_init__(self):
         _check_types(self)
         _positive(self, "learning_rate", "eps", "clip_norm")
         _not_negative(self, "warmup_steps", "weight_decay")
+        if self.moment_dtype != "float32" and self.name in ("sgd", "adafactor"):
+            rest = (
+                f"needs adamw or lion: {self.name} has no moments of whole parameters"
+            )
+            _fail(self, "moment_dtype", rest)
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 _fail(self, name, "must be in [0, 1)")

@@ -155,9 +155,8 @@ def _widen(x: Any) -> Array:
     if isinstance(x, Quantized):
         wide = dequantize_blockwise(x)
         return wide if x.signed else wide**2
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return x
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    return x.astype(jnp.float32) if narrow else x
 
 
 def _store(x: Array, like: Any, key: Any = None) -> Any:
@@ -166,8 +165,7 @@ def _store(x: Array, like: Any, key: Any = None) -> Any:
         narrow = like.dtype == jnp.bfloat16 and x.dtype == jnp.float32
         return stochastic_round(x, key) if narrow else x
     x = x.astype(jnp.float32) if like.signed else jnp.sqrt(x.astype(jnp.float32))
-    options = {"block_size": like.block_size, "signed": like.signed}
-    q = quantize_blockwise(x, key=key, **options)
+    q = quantize_blockwise(x, block_size=like.block_size, signed=like.signed, key=key)
     if like.signed:
         return q
     return replace(q, codes=jnp.maximum(q.codes, (x > 0).astype(jnp.uint8)))
@@ -199,7 +197,9 @@ def quantize_blockwise(
     block = max(1, min(block_size, last))
     pad = [(0, 0)] * (x.ndim - 1) + [(0, -last % block)]
     blocks = jnp.pad(jnp.abs(x), pad).reshape(*x.shape[:-1], -(-last // block), block)
-    scales = blocks.max(-1)
+    # As integers, where NaN is the largest: XLA's float maximum loses NaN on a CPU.
+    scales = jax.lax.bitcast_convert_type(blocks, jnp.int32).max(-1)
+    scales = jax.lax.bitcast_convert_type(scales, jnp.float32)
     spread = _spread(scales, block_size, last)
     x = x / jnp.where(spread == 0, 1, spread)
     index = _magnitude_index(jnp.abs(x) if signed else x, signed, key)

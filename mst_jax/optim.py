@@ -3,7 +3,7 @@
 Parameters are stacked [L, ...]. Updating them as they stand would make f32 temporaries
 of a whole stack, and would compute Adafactor's RMS over all layers at once. So the
 update is a loop that carries parameters and optimizer state and rewrites one layer at a
-time. Moments are f32 whatever the parameters are.
+time. The state may lie in host memory: each layer's comes to the device and goes back.
 
 bfloat16 parameters are rounded stochastically: an update below half a bf16 step, which
 is nearly every one at a fine-tuning learning rate, would vanish otherwise. The rounding
@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from mst_jax.config import OptimConfig
+from mst_jax.low_precision import low_precision_state, stochastic_round
 
 
 def make_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
@@ -46,8 +47,15 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation
     Clipping is not part of it: the global norm is that of all layers, see
     `train_step.py`.
     """
-    rate = make_schedule(cfg, steps)
+    optimizer = _in_full_precision(cfg, make_schedule(cfg, steps))
+    if cfg.moment_dtype == "float32":
+        return optimizer
+    return low_precision_state(optimizer, cfg.moment_dtype, seed=1)
 
+
+def _in_full_precision(
+    cfg: OptimConfig, rate: optax.Schedule
+) -> optax.GradientTransformation:
     def decayed(params: Any) -> Any:
         return jax.tree.map(lambda p: p.ndim >= 2, params)  # not the norms
 
@@ -92,6 +100,7 @@ def update(
     scale: Float[Array, ""],
     key: jax.Array,
     clip_norm: float | None = None,
+    on_host: bool = False,
 ) -> tuple[Any, Any]:
     """Take one step, layer by layer.
 
@@ -104,6 +113,7 @@ def update(
         scale: factor of every gradient: 1 / tokens, and the clipping.
         key: of the stochastic rounding.
         clip_norm: clips each layer's gradients, and each other name's, apart.
+        on_host: whether the layers' state lies in pinned host memory.
 
     Returns:
         (params, state), for the buffers of the old ones.
@@ -120,8 +130,9 @@ def update(
 
         def one_layer(i, carry):
             return update_layer(
-                optimizer, carry, i, at(gradients["layers"], i), key=key, **options
-            )
+                optimizer, carry, i, at(gradients["layers"], i),
+                key=key, on_host=on_host, **options,
+            )  # fmt: skip
 
         carry = params["layers"], state["layers"]
         num_layers = jax.tree.leaves(carry[0])[0].shape[0]
@@ -137,14 +148,28 @@ def update_layer(
     gradients: Any,
     *,
     key: jax.Array,
+    on_host: bool = False,
     **options: Any,
 ) -> tuple[Any, Any]:
-    """Return the stacked (params, state) with layer i updated in place."""
-    new = update_one(
-        optimizer, at(stacks[0], i), gradients, at(stacks[1], i),
-        key=unit_key(key, i), **options,
-    )  # fmt: skip
-    return put(stacks, i, new)
+    """Return the stacked (params, state) with layer i updated in place.
+
+    Args:
+        optimizer: from `make_optimizer`.
+        stacks: parameters and state of all layers.
+        i: the layer.
+        gradients: of this layer.
+        key: of the step.
+        on_host: whether the state lies in pinned host memory.
+        **options: see `update`.
+    """
+    params, state = stacks
+    old = jax.tree.map(_to_device, at(state, i))
+    own, new = update_one(
+        optimizer, at(params, i), gradients, old, key=unit_key(key, i), **options
+    )
+    if on_host:
+        new = jax.tree.map(_to_host, new)
+    return put(params, i, own), put(state, i, new)
 
 
 def update_one(
@@ -230,21 +255,12 @@ def join_frozen(trained: Any, frozen: Any) -> Any:
     return unflatten_dict(flat, sep="/")
 
 
-def stochastic_round(
-    x: Float[Array, "*shape"], key: jax.Array
-) -> Float[Array, "*shape"]:
-    """Round f32 to bf16, up with the probability of the part that is cut off.
+def _to_host(a: jax.Array) -> jax.Array:
+    return jax.device_put(a, jax.memory.Space.Host)
 
-    Infinities and NaN stay as they are. The noise is XLA's own generator (Philox on a
-    GPU): threefry's arithmetic took twice as long.
-    """
-    key = jax.random.wrap_key_data(jnp.tile(jax.random.key_data(key), 2), impl="rbg")
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-    rounded = jax.lax.bitcast_convert_type(
-        (bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32
-    )
-    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
+
+def _to_device(a: jax.Array) -> jax.Array:
+    return jax.device_put(a, jax.memory.Space.Device)
 
 
 def _f32(tree: Any) -> Any:

@@ -58,11 +58,12 @@ def init_train_state(cfg: Config, params: Any) -> State:
     return {"params": params, "opt": opt, "step": jnp.zeros((), jnp.int32)}
 
 
-def state_shardings(state: Any, mesh: Mesh) -> Any:
+def state_shardings(state: Any, mesh: Mesh, *, on_host: bool = False) -> Any:
     """Return the sharding of every leaf of a state (abstract ones too).
 
     Optimizer state of a parameter's shape lies as the parameter does; counters and
-    factored moments are replicated.
+    factored moments are replicated. With `on_host` the layers' optimizer state lies in
+    pinned host memory.
     """
     specs = param_specs(state["params"])
     by_path = {
@@ -84,7 +85,12 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
         return P()
 
     opt = jax.tree_util.tree_map_with_path(spec, state["opt"])
-    return named(mesh, {"params": specs, "opt": opt, "step": P()})
+    shardings = named(mesh, {"params": specs, "opt": opt, "step": P()})
+    if on_host and "layers" in state["opt"]:
+        shardings["opt"]["layers"] = jax.tree.map(
+            lambda s: s.with_memory_kind("pinned_host"), shardings["opt"]["layers"]
+        )
+    return shardings
 
 
 def make_gradients(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[..., Any]:
@@ -207,6 +213,7 @@ def _step_after_backward(cfg, gradients_of, optimizer, state, batch, key):
     trained, opt = update(
         optimizer, trained, gradients, state["opt"],
         scale=scale, key=key, clip_norm=_layer_clip(cfg),
+        on_host=cfg.optim.state_on_host,
     )  # fmt: skip
     return join_frozen(trained, frozen), opt, (total, count, norm)
 
@@ -264,7 +271,10 @@ def _step_in_backward(cfg, model, optimizer, state, batch, key):
         stacks, squares = carry
         gradients = train_only(gradients)
         if gradients:
-            stacks = update_layer(optimizer, stacks, i, gradients, key=key, **options)
+            stacks = update_layer(
+                optimizer, stacks, i, gradients,
+                key=key, on_host=cfg.optim.state_on_host, **options,
+            )  # fmt: skip
         return stacks, squares + _squares(gradients)
 
     dx, (stacks, squares) = backward(

@@ -114,7 +114,8 @@ class _Run:
             return init_train_state(self.cfg, init_params(self.model, self._seed))
 
         abstract = jax.eval_shape(fresh)
-        shardings = state_shardings(abstract, self.mesh)
+        on_host = self.cfg.optim.state_on_host
+        shardings = state_shardings(abstract, self.mesh, on_host=on_host)
         abstract = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
             abstract,
