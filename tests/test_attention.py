@@ -14,7 +14,7 @@ from mst_jax.ops.attention import (
     choose_implementation,
     reference_attention,
 )
-from mst_jax.ops.attention.xla import _Mask, flash_attention
+from mst_jax.ops.attention.xla import _Mask, flash_backward, flash_forward
 
 
 def make(T, N=2, K=1, H=16, B=2, dtype=jnp.float32):
@@ -63,12 +63,20 @@ def errors(got, want):
 
 
 def flash(block, causal=True, sliding_window=None, segment_ids=None, softcap=None):
-    def fn(q, k, v):
-        return flash_attention(
-            q, k, v, segment_ids,
-            causal=causal, window=sliding_window, softcap=softcap, block=block,
-        )  # fmt: skip
+    """Return fn(q, k, v) -> out, differentiable, on blocks of this size."""
+    options = {
+        "causal": causal, "window": sliding_window, "softcap": softcap, "block": block,
+    }  # fmt: skip
 
+    @jax.custom_vjp
+    def fn(q, k, v):
+        return forward(q, k, v)[0]
+
+    def forward(q, k, v):
+        out, lse = flash_forward(q, k, v, segment_ids, **options)
+        return out, (q, k, v, segment_ids, out, lse)
+
+    fn.defvjp(forward, lambda kept, d_out: flash_backward(*kept, d_out, **options))
     return fn
 
 

@@ -157,6 +157,12 @@ BAD = [
         {"learning_rate": -1e-4},
         "OptimConfig.learning_rate=-0.0001 must be positive",
     ),
+    (OptimConfig, {"clip": "layers"}, "OptimConfig.clip='layers' is not one of"),
+    (
+        OptimConfig,
+        {"freeze": "embed"},
+        "OptimConfig.freeze='embed' must be a tuple of strings",
+    ),
     (OptimConfig, {"eps": 0.0}, "OptimConfig.eps=0.0 must be positive"),
     (
         OptimConfig,
@@ -190,7 +196,9 @@ BAD = [
     ),
     (TrainConfig, {"mlp_chunk_size": -1}, "TrainConfig.mlp_chunk_size=-1 is negative"),
     (TrainConfig, {"save_every": -1}, "TrainConfig.save_every=-1 is negative"),
-    (TrainConfig, {"remat": "ful"}, "TrainConfig.remat='ful' is not one of"),
+    (TrainConfig, {"head_groups": 0}, "TrainConfig.head_groups=0 must be positive"),
+    (TrainConfig, {"plan": "ful"}, "plan group 'ful' must start with a number of"),
+    (TrainConfig, {"plan": 3}, "TrainConfig.plan=3 must be str, not int"),
     (
         TrainConfig,
         {"compute_dtype": "float16"},
@@ -215,6 +223,15 @@ BAD = [
     ),
     (
         Config,
+        {
+            "model": TINY,
+            "optim": OptimConfig(in_backward=True),
+            "train": TrainConfig(accumulate=2),
+        },
+        "TrainConfig.accumulate=2 needs whole gradients to add up",
+    ),
+    (
+        Config,
         {"model": ModelConfig(vocab_size=255)},
         "ModelConfig.vocab_size=255 is below the 256 of tokenizer='bytes'",
     ),
@@ -227,6 +244,13 @@ BAD = [
 def test_bad_values_are_named(cls, values, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         cls(**values)
+
+
+def test_in_backward_runs_on_one_device():
+    optim = OptimConfig(in_backward=True)
+    with pytest.raises(NotImplementedError, match="the mesh has 4"):
+        Config(model=TINY, optim=optim, mesh=MeshConfig(data=2, fsdp=2))
+    Config(model=TINY, optim=optim)
 
 
 @pytest.mark.parametrize(
@@ -282,8 +306,10 @@ def test_round_trip_through_json(name):
     cfg = Config(
         model=PRESETS[name],
         data=DataConfig(seq_len=77, holdout=0.25),
-        optim=OptimConfig(clip_norm=None, learning_rate=1e-5),
-        train=TrainConfig(mlp_chunk_size=0, remat="none"),
+        optim=OptimConfig(
+            clip_norm=None, learning_rate=1e-5, freeze=("embed", "layers/attention")
+        ),
+        train=TrainConfig(mlp_chunk_size=0, plan="none"),
     )
     assert from_dict(json.loads(json.dumps(to_dict(cfg)))) == cfg
     model = json.loads(json.dumps(to_dict(PRESETS[name])))

@@ -18,7 +18,7 @@ from mst_jax.ops.attention import attention, choose_implementation
 from mst_jax.ops.linear_cross_entropy import linear_cross_entropy
 from mst_jax.ops.swiglu import swiglu
 from mst_jax.sharding import make_mesh
-from mst_jax.train_step import init_train_state, make_train_step
+from mst_jax.train_step import init_train_state, make_gradients, make_train_step
 
 pytestmark = pytest.mark.gpu
 
@@ -220,15 +220,25 @@ def make_batch(T, seed=0):
     return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:]}
 
 
-def test_chunked_model_equals_unchunked():
-    cfg, batch = two_layers(), make_batch(MODEL_LENGTH)
+def step_config(plan, **train):
+    return Config(
+        model=two_layers(),
+        data=DataConfig(batch_size=1),
+        train=TrainConfig(plan=plan, **train),
+    )
 
-    @partial(jax.jit, static_argnums=(1, 2))
-    def run(params, train, implementation):
+
+@pytest.mark.parametrize("head_groups", [1, 4])
+def test_training_gradients_equal_the_plain_models(head_groups):
+    cfg, batch = two_layers(), make_batch(MODEL_LENGTH)
+    whole = TrainConfig(mlp_chunk_size=0, loss_chunk_size=MODEL_LENGTH)
+
+    @partial(jax.jit, static_argnums=1)
+    def plain(params, implementation):
         def loss(params):
             model = from_params(cfg, params)
             total, count = next_token_loss(
-                model, batch, train, implementation=implementation
+                model, batch, whole, implementation=implementation
             )
             return total / count
 
@@ -238,39 +248,42 @@ def test_chunked_model_equals_unchunked():
         return jax.tree.map(lambda p: p.astype(jnp.bfloat16), init_params(cfg, 0))
 
     params = jax.jit(in_bf16)()
-    whole = TrainConfig(mlp_chunk_size=0, loss_chunk_size=MODEL_LENGTH, remat="none")
     wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     with jax.default_matmul_precision("highest"):
-        want = jax.tree.leaves(run(wide, whole, "xla"))
+        want = jax.tree.leaves(plain(wide, "xla"))
     del wide
-    theirs = errors(jax.tree.leaves(run(params, whole, None)), want)
-    for remat in ("full", "save_attention"):
-        chunks = {"mlp_chunk_size": MODEL_LENGTH // 8 + 3, "loss_chunk_size": 1000}
-        train = TrainConfig(remat=remat, **chunks)
-        got = jax.tree.leaves(run(params, train, None))
+    theirs = errors(jax.tree.leaves(plain(params, None)), want)
+    chunks = {"mlp_chunk_size": MODEL_LENGTH // 8 + 3, "loss_chunk_size": 1000}
+    for plan in ("full", "save_attention", "offload_attention"):
+        train = step_config(plan, head_groups=head_groups, **chunks)
+        fn = jax.jit(make_gradients(train, cfg, make_mesh(train.mesh)))
+        total, count, grads = fn(params, jax.tree.map(lambda a: a[None], batch))
+        assert count == MODEL_LENGTH  # a power of two: dividing by it rounds nothing
+        got = [a / MODEL_LENGTH for a in (total, *jax.tree.leaves(grads))]
         assert_no_worse(errors(got, want), theirs)
 
 
-def cudnn_forwards(cfg, remat):
-    """Count cuDNN's forward calls in a compiled gradient."""
+def cudnn_calls(plan):
+    """Count cuDNN's forward and backward calls in the compiled gradients."""
+    cfg, model = step_config(plan), two_layers()
     params = jax.eval_shape(
-        lambda: jax.tree.map(lambda p: p.astype(jnp.bfloat16), init_params(cfg, 0))
+        lambda: jax.tree.map(lambda p: p.astype(jnp.bfloat16), init_params(model, 0))
     )
-    tokens = jnp.zeros((1, 1024), jnp.int32)
-
-    def loss(params):
-        return from_params(cfg, params)(tokens, remat=remat).astype(jnp.float32).sum()
-
-    text = jax.jit(jax.grad(loss)).lower(params).compile().as_text()
+    ids = jax.ShapeDtypeStruct((1, 1, 1024), jnp.int32)
+    fn = jax.jit(make_gradients(cfg, model, make_mesh(cfg.mesh)))
+    text = fn.lower(params, {"tokens": ids, "labels": ids}).compile().as_text()
     calls = [line for line in text.splitlines() if "custom_call_target" in line]
-    return sum("fmhaSoftmax" in line and "Backward" not in line for line in calls)
+    calls = [line for line in calls if "fmhaSoftmax" in line]
+    backward = sum("Backward" in line for line in calls)
+    return len(calls) - backward, backward
 
 
 def test_save_attention_does_not_run_cudnn_twice():
-    cfg = two_layers()
-    counts = {r: cudnn_forwards(cfg, r) for r in ("full", "save_attention", "none")}
-    assert counts["save_attention"] == counts["none"] > 0, counts
-    assert counts["full"] == 2 * counts["none"], counts
+    plans = ("full", "save_attention", "none")
+    forwards, backwards = zip(*map(cudnn_calls, plans), strict=True)
+    assert forwards[1] == forwards[2] > 0, forwards
+    assert forwards[0] == 2 * forwards[2], forwards
+    assert len(set(backwards)) == 1 and backwards[0] > 0, backwards
 
 
 def test_long_train_step_learns():

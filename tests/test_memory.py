@@ -106,4 +106,4 @@ def test_memory_falls_with_the_chunks():
 
 
 def test_llama32_1b_recipe_fits_16_gb():
-    assert compiled("llama32_1b", 16384, remat="full")["gib"] < 14
+    assert compiled("llama32_1b", 16384, plan="full")["gib"] < 14

@@ -18,11 +18,13 @@ torch = pytest.importorskip("torch")
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from mst_jax import hf  # noqa: E402
-from mst_jax.config import TrainConfig  # noqa: E402
+from mst_jax.config import Config, DataConfig, TrainConfig  # noqa: E402
 from mst_jax.hf_config import model_config_from_hf  # noqa: E402
 from mst_jax.loss import next_token_loss  # noqa: E402
 from mst_jax.model import from_params, init_params  # noqa: E402
 from mst_jax.ops.rope import rope_tables  # noqa: E402
+from mst_jax.sharding import make_mesh  # noqa: E402
+from mst_jax.train_step import make_gradients  # noqa: E402
 
 B, T = 2, 45  # divided by none of the chunk sizes
 LAYERS = 2
@@ -133,8 +135,8 @@ def reference(pair, dtype=torch.float64):
     }
 
 
-def ours(pair, dtype="float32", remat="save_attention", **chunks):
-    train = TrainConfig(remat=remat, **(chunks or CHUNKS))
+def ours(pair, dtype="float32", **chunks):
+    train = TrainConfig(**(chunks or CHUNKS))
 
     @jax.jit
     def run(params, batch):
@@ -145,7 +147,7 @@ def ours(pair, dtype="float32", remat="save_attention", **chunks):
             return total / count
 
         model = from_params(pair.cfg, params)
-        hidden = model(batch["tokens"], remat=remat, mlp_chunk_size=7)
+        hidden = model(batch["tokens"], mlp_chunk_size=7)
         value, grads = jax.value_and_grad(loss)(params)
         logits = hidden @ model.head_weight()
         return {"hidden": hidden, "logits": logits, "loss": value, "grads": grads}
@@ -181,12 +183,26 @@ def test_everything_f32(pairs, name):
     assert len(jax.tree.leaves(got["grads"])) == 12 - pair.cfg.tie_embeddings
 
 
-@pytest.mark.parametrize("remat", ["full", "save_attention", "none"])
 @pytest.mark.parametrize("mlp, loss", [(0, 1000), (44, 1)])
-def test_remat_and_chunks_change_nothing(pairs, remat, mlp, loss):
+def test_chunks_change_nothing(pairs, mlp, loss):
     pair = pairs("llama31")
-    got = ours(pair, remat=remat, mlp_chunk_size=mlp, loss_chunk_size=loss)
+    got = ours(pair, mlp_chunk_size=mlp, loss_chunk_size=loss)
     assert_close(got, reference(pair))
+
+
+@pytest.mark.parametrize("plan", ["full", "save_attention", "none"])
+def test_training_gradients(pairs, plan):
+    # What training differentiates, which is not jax.grad of the model.
+    pair = pairs("llama31")
+    train = TrainConfig(plan=plan, compute_dtype="float32", **CHUNKS)
+    data = DataConfig(tokenizer="x")  # V is below that of bytes
+    cfg = Config(model=pair.cfg, data=data, train=train)
+    fn = jax.jit(make_gradients(cfg, pair.cfg, make_mesh(cfg.mesh)))
+    batch = {key: a[None] for key, a in pair.batch.items()}
+    total, count, grads = fn(pair.params, batch)
+    got = {"loss": total / count, "grads": jax.tree.map(lambda g: g / count, grads)}
+    want = reference(pair)
+    assert_close(got, {key: want[key] for key in got})
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -273,23 +289,6 @@ def test_sliding_window_reaches_the_attention(pairs):
     same = np.asarray(model(tokens) == model(other)).all(-1)[0]
     reach = LAYERS * 2 + 1  # two tokens to the left in each layer
     assert not same[:reach].any() and same[reach:].all()
-
-
-def attention_maxima(cfg, remat):
-    """Count the maxima, two a forward and one a backward pass, in a traced gradient."""
-    params = jax.eval_shape(lambda: init_params(cfg, 0))
-    tokens = jnp.zeros((1, 32), jnp.int32)
-
-    def loss(params):
-        return from_params(cfg, params)(tokens, remat=remat).sum()
-
-    return str(jax.make_jaxpr(jax.grad(loss))(params)).count("reduce_max")
-
-
-def test_save_attention_does_not_compute_it_twice(pairs):
-    cfg = pairs("llama3").cfg
-    counts = {r: attention_maxima(cfg, r) for r in ("full", "save_attention", "none")}
-    assert counts == {"full": 5, "save_attention": 3, "none": 3}
 
 
 def test_fresh_parameters():

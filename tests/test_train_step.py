@@ -75,10 +75,10 @@ def assert_close(got, want, tolerance=2e-5):
 def test_chunked_equals_unchunked(T, tied):
     model = dataclasses.replace(MODEL, tie_embeddings=tied)
     batch = make_batch(T=T)
-    plain = config(model, mlp_chunk_size=0, loss_chunk_size=10**6, remat="none")
+    plain = config(model, mlp_chunk_size=0, loss_chunk_size=10**6, plan="none")
     want = gradients(plain, batch)
-    for remat in ("full", "save_attention"):
-        chunked = config(model, mlp_chunk_size=50, loss_chunk_size=33, remat=remat)
+    for plan in ("full", "save_attention"):
+        chunked = config(model, mlp_chunk_size=50, loss_chunk_size=33, plan=plan)
         assert_close(gradients(chunked, batch), want)
 
 
