@@ -16,8 +16,8 @@ seven decades, the largest with the most codes. The state differs from bitsandby
 - Second moments are stored as sqrt(nu), which spans half the decades, and what is not
   zero is never stored as zero: mu / (sqrt(0) + eps) would be an exploding update.
 
-A step of AdamW, bf16 parameters and gradients, on an H100, for 8e9 parameters: 61 ms
-with f32 state, 42 with bf16, 105 with 8 bits.
+A step of AdamW, bf16 parameters and gradients, on an H100, for 8e9 parameters: 62 ms
+with f32 state, 41 with bf16, 108 with 8 bits and 4 bytes of temporaries an element.
 """
 
 from collections.abc import Callable, Collection
