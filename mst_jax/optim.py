@@ -100,7 +100,6 @@ def update(
     scale: Float[Array, ""],
     key: jax.Array,
     clip_norm: float | None = None,
-    on_host: bool = False,
 ) -> tuple[Any, Any]:
     """Take one step, layer by layer.
 
@@ -113,7 +112,6 @@ def update(
         scale: factor of every gradient: 1 / tokens, and the clipping.
         key: of the stochastic rounding.
         clip_norm: clips each layer's gradients, and each other name's, apart.
-        on_host: whether the layers' state lies in pinned host memory.
 
     Returns:
         (params, state), for the buffers of the old ones.
@@ -131,7 +129,7 @@ def update(
         def one_layer(i, carry):
             return update_layer(
                 optimizer, carry, i, at(gradients["layers"], i),
-                key=key, on_host=on_host, **options,
+                key=key, **options,
             )  # fmt: skip
 
         carry = params["layers"], state["layers"]
@@ -148,27 +146,27 @@ def update_layer(
     gradients: Any,
     *,
     key: jax.Array,
-    on_host: bool = False,
     **options: Any,
 ) -> tuple[Any, Any]:
     """Return the stacked (params, state) with layer i updated in place.
 
     Args:
         optimizer: from `make_optimizer`.
-        stacks: parameters and state of all layers.
+        stacks: parameters and state of all layers, the state also in host memory.
         i: the layer.
         gradients: of this layer.
         key: of the step.
-        on_host: whether the state lies in pinned host memory.
         **options: see `update`.
     """
     params, state = stacks
-    old = jax.tree.map(_to_device, at(state, i))
+    stored = at(state, i)
+    old = jax.tree.map(lambda a: jax.device_put(a, jax.memory.Space.Device), stored)
     own, new = update_one(
         optimizer, at(params, i), gradients, old, key=unit_key(key, i), **options
     )
-    if on_host:
-        new = jax.tree.map(_to_host, new)
+    new = jax.tree.map(
+        lambda a, like: jax.device_put(a, jax.typeof(like).memory_space), new, stored
+    )
     return put(params, i, own), put(state, i, new)
 
 
@@ -253,14 +251,6 @@ def join_frozen(trained: Any, frozen: Any) -> Any:
     """Undo `split_frozen`."""
     flat = flatten_dict(trained, sep="/") | flatten_dict(frozen, sep="/")
     return unflatten_dict(flat, sep="/")
-
-
-def _to_host(a: jax.Array) -> jax.Array:
-    return jax.device_put(a, jax.memory.Space.Host)
-
-
-def _to_device(a: jax.Array) -> jax.Array:
-    return jax.device_put(a, jax.memory.Space.Device)
 
 
 def _f32(tree: Any) -> Any:

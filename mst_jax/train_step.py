@@ -88,7 +88,9 @@ def state_shardings(state: Any, mesh: Mesh, *, on_host: bool = False) -> Any:
     shardings = named(mesh, {"params": specs, "opt": opt, "step": P()})
     if on_host and "layers" in state["opt"]:
         shardings["opt"]["layers"] = jax.tree.map(
-            lambda s: s.with_memory_kind("pinned_host"), shardings["opt"]["layers"]
+            lambda s, leaf: s.with_memory_kind("pinned_host") if leaf.ndim > 1 else s,
+            shardings["opt"]["layers"],
+            state["opt"]["layers"],
         )
     return shardings
 
@@ -213,7 +215,6 @@ def _step_after_backward(cfg, gradients_of, optimizer, state, batch, key):
     trained, opt = update(
         optimizer, trained, gradients, state["opt"],
         scale=scale, key=key, clip_norm=_layer_clip(cfg),
-        on_host=cfg.optim.state_on_host,
     )  # fmt: skip
     return join_frozen(trained, frozen), opt, (total, count, norm)
 
@@ -273,7 +274,7 @@ def _step_in_backward(cfg, model, optimizer, state, batch, key):
         if gradients:
             stacks = update_layer(
                 optimizer, stacks, i, gradients,
-                key=key, on_host=cfg.optim.state_on_host, **options,
+                key=key, **options,
             )  # fmt: skip
         return stacks, squares + _squares(gradients)
 
