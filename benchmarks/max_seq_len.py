@@ -1,0 +1,226 @@
+"""The longest sequences: which fit a budget, and whole steps at them.
+
+    python benchmarks/max_seq_len.py --out docs/benchmarks --measure 80-host-384k
+
+Each row is a model, a length, a memory budget and a plan. Every row's real train step
+is compiled on this GPU, which gives its peak; the rows that --measure names are also
+run, with JAX's memory pool limited to the budget, so that a step that needs more fails.
+Weights are random, made on the device. Writes a dated markdown, a CSV and a plot.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    preset: str
+    tokens: int
+    budget: int
+    """GiB of device memory."""
+    host: int
+    """GiB of host memory."""
+    plan: str
+    head_groups: int = 8
+    optimizer: str = "adamw"
+    moments: str = "int8"
+
+
+ROWS = [
+    Row("80-bf16-100k", "llama3_8b", 102400, 80, 0, "* save=input", moments="bfloat16"),
+    Row("80-8bit-150k", "llama3_8b", 153600, 80, 0, "* save=input"),
+    Row(
+        "80-host-384k", "llama3_8b", 393216, 80, 120,
+        "18 offload=input; 4 offload=input+attention; 10 offload=input save=attention",
+    ),
+    Row("80-host-450k", "llama3_8b", 460800, 80, 120, "* offload=input"),
+    Row(
+        "139-host-650k", "llama3_8b", 665600, 139, 120,
+        "23 offload=input; 9 save=input",
+    ),
+    Row(
+        "139-host-1200k", "llama3_8b", 1228800, 139, 120,
+        "24 offload=input every=2; 8 save=input every=2",
+    ),
+    Row("24-1b-128k", "llama32_1b", 131072, 24, 0, "* save=input"),
+]  # fmt: skip
+
+
+def one(row: Row, steps: int) -> dict:
+    """Compile a row's step, and run it `steps` times; in a process of its own."""
+    import jax
+    import jax.numpy as jnp
+
+    from mst_jax.config import PRESETS, Config, DataConfig, OptimConfig, TrainConfig
+    from mst_jax.model import init_params
+    from mst_jax.sharding import make_mesh
+    from mst_jax.train_step import init_train_state, make_train_step
+
+    model = PRESETS[row.preset]
+    cfg = Config(
+        model=model,
+        data=DataConfig(seq_len=row.tokens, batch_size=1, tokenizer="none"),
+        optim=OptimConfig(
+            name=row.optimizer, moment_dtype=row.moments, param_dtype="bfloat16",
+            warmup_steps=0, clip="layer", in_backward=True, learning_rate=1e-4,
+        ),
+        train=TrainConfig(plan=row.plan, head_groups=row.head_groups),
+    )  # fmt: skip
+
+    def start():
+        return init_train_state(cfg, init_params(model, 0))
+
+    state = jax.eval_shape(start)
+    shape = jax.ShapeDtypeStruct((1, 1, row.tokens), jnp.int32)
+    step = make_train_step(cfg, model, make_mesh(cfg.mesh))
+    began = time.perf_counter()
+    compiled = step.lower(state, {"tokens": shape, "labels": shape}).compile()
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    device = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    found = {
+        "compiled_GiB": round(device / GIB, 2),
+        "host_GiB": round(memory.host_temp_size_in_bytes / GIB, 2),
+        "compile_s": round(seconds),
+    }
+    if not steps:
+        return found
+    state = jax.jit(start)()
+    key = jax.random.key(0)
+    tokens = jax.random.randint(key, shape.shape, 0, model.vocab_size)
+    batch = {"tokens": tokens, "labels": jnp.roll(tokens, -1, -1)}
+    times, losses = [], []
+    for _ in range(steps):
+        began = time.perf_counter()
+        state, metrics = compiled(state, batch)
+        losses.append(float(metrics["loss"]))
+        times.append(time.perf_counter() - began)
+    stats = jax.devices()[0].memory_stats() or {}
+    best = min(times)
+    return found | {
+        "step_s": round(best, 1),
+        "tokens_per_second": round(row.tokens / best),
+        "peak_GiB": round(stats["peak_bytes_in_use"] / GIB, 2),
+        "pool_GiB": round(stats["bytes_limit"] / GIB, 2),
+        "losses": " ".join(f"{x:.4f}" for x in losses),
+        "grad_norm": round(float(metrics["grad_norm"]), 4),
+    }
+
+
+def in_process(row: Row, steps: int, total: float) -> dict:
+    """Run `one` in a process whose memory pool is the row's budget."""
+    fraction = min(0.97, row.budget / total)
+    env = os.environ | {
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{fraction:.4f}",
+        "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": str(row.host or 64),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]),
+    }
+    command = [sys.executable, __file__, "--one", row.name, "--steps", str(steps)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        return {"error": done.stderr.strip()[-1500:]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
+    parser.add_argument("--rows", nargs="*", default=[r.name for r in ROWS])
+    parser.add_argument("--measure", nargs="*", default=[], help="rows to run")
+    parser.add_argument("--steps", type=int, default=1, help="of a measured row")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    rows = {r.name: r for r in ROWS}
+    if unknown := {*args.rows, *args.measure} - {*rows}:
+        raise SystemExit(f"no rows {sorted(unknown)}; there are {[*rows]}")
+    if args.one:
+        print(json.dumps(one(rows[args.one], args.steps)))
+        return
+    query = (
+        "import jax; d = jax.devices()[0]; print(d.device_kind); "
+        "print(d.memory_stats()['bytes_limit'])"
+    )
+    env = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "1.0"}
+    kind, total = subprocess.run(
+        [sys.executable, "-c", query], env=env, capture_output=True, text=True
+    ).stdout.split("\n")[:2]
+    results = []
+    for name in args.rows:
+        steps = args.steps if name in args.measure else 0
+        found = in_process(rows[name], steps, int(total) / GIB)
+        results.append(asdict(rows[name]) | found)
+        print(results[-1], flush=True)
+    write(args, kind, results)
+
+
+def write(args, kind: str, results: list[dict]) -> None:
+    """Write CSV, markdown and plot."""
+    date = datetime.date.today().isoformat()
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem = args.out / f"max_seq_len-{date}"
+    columns = list(dict.fromkeys(k for r in results for k in r))
+    with stem.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(results)
+    packages = ("jax", "jaxlib", "flax", "optax")
+    versions = ", ".join(f"{p} {version(p)}" for p in packages)
+    lines = [
+        f"# Longest sequences, {date}",
+        "",
+        f"- GPU: {kind}; Python {platform.python_version()}, {versions}",
+        f"- command: `python {' '.join(sys.argv)}`",
+        "- full fine-tuning, batch 1, random bf16 weights, optimizer in the backward "
+        "pass, gradients clipped by layer",
+        "- compiled_GiB: state and temporaries of the compiled step. Rows with step_s "
+        "were run, the pool limited to the budget.",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + " --- |" * len(columns),
+    ]
+    lines += [
+        "| " + " | ".join(str(r.get(c, "")) for c in columns) + " |" for r in results
+    ]
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    plot(results, stem.with_suffix(".png"))
+    print("\n".join(lines))
+    if any("error" in r for r in results):
+        raise SystemExit("a row failed")
+
+
+def plot(results: list[dict], path: Path) -> None:
+    """Draw device and host memory of each row as bars."""
+    from matplotlib.figure import Figure
+
+    whole = [r for r in results if "compiled_GiB" in r]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(ylabel="GiB")
+    names = [f"{r['tokens'] // 1024}K\n{r['preset']}\n{r['moments']}" for r in whole]
+    places = range(len(whole))
+    axes.bar([i - 0.2 for i in places], [r["compiled_GiB"] for r in whole], 0.4)
+    axes.bar([i + 0.2 for i in places], [r["host_GiB"] for r in whole], 0.4)
+    for i, r in enumerate(whole):
+        axes.hlines(r["budget"], i - 0.4, i, colors="k", linestyles=":")
+    axes.set_xticks(list(places), names, fontsize=7)
+    axes.legend(["device budget", "device", "host"])
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
