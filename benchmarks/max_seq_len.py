@@ -46,8 +46,8 @@ ROWS = [
     Row("80-bf16-100k", "llama3_8b", 102400, 80, 0, "* save=input", moments="bfloat16"),
     Row("80-8bit-150k", "llama3_8b", 153600, 80, 0, "* save=input"),
     Row(
-        "80-host-384k", "llama3_8b", 393216, 80, 120,
-        "18 offload=input; 4 offload=input+attention; 10 offload=input save=attention",
+        "80-host-384k", "llama3_8b", 393216, 80, 98,
+        "22 offload=input; 10 offload=input save=attention",
     ),
     Row("80-host-450k", "llama3_8b", 460800, 80, 120, "* offload=input"),
     Row(

@@ -122,6 +122,8 @@ def low_precision_state(
                     f"{jax.tree_util.keystr(path)}: is {name!r} signed? Name it in "
                     f"{first_moments=} or, if never negative, in {second_moments=}"
                 )
+            # Zeros of 8e9 elements: XLA would quantise them while compiling.
+            x = jax.lax.optimization_barrier(x)
             return _store(x, Quantized(None, None, block_size, name in first_moments))
 
         state = jax.tree.map_with_path(narrow, inner.init(params))

@@ -1,0 +1,94 @@
+"""Time whole steps of Llama3-8B under different residual plans, leanest first.
+
+    python benchmarks/plans.py offload-8 offload full attention-8 attention
+
+One process, weights made on the device, SGD in the backward pass, batch 1, no data
+pipeline: the step alone. JAX's peak counter only rises, so the leanest plan comes first.
+Prints one JSON line a variant.
+"""
+
+import argparse
+import json
+import os
+import time
+from typing import Any
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    # name: fields of TrainConfig and OptimConfig
+    "offload-8": {"plan": "offload", "head_groups": 8},
+    "offload": {"plan": "offload"},
+    "offload-attention": {"plan": "offload_attention"},
+    "full": {"plan": "full"},
+    "attention-8": {"plan": "save_attention", "head_groups": 8},
+    "attention": {"plan": "save_attention"},
+    "attention-after": {"plan": "save_attention", "in_backward": False},
+    "all-but-gate-up": {"plan": "* save=input+qkv+attention+mlp_input"},
+    "none": {"plan": "none"},
+}
+
+
+def run(name: str, preset: str, tokens: int, steps: int) -> dict[str, Any]:
+    """Compile and time one variant; seconds are the median after the first step."""
+    import jax
+    import jax.numpy as jnp
+
+    from mst_jax.config import PRESETS, Config, DataConfig, OptimConfig, TrainConfig
+    from mst_jax.model import init_params
+    from mst_jax.sharding import make_mesh
+    from mst_jax.train_step import init_train_state, make_train_step
+
+    model = PRESETS[preset]
+    options = dict(VARIANTS[name])
+    optim = OptimConfig(
+        name="sgd", param_dtype="bfloat16", warmup_steps=0, clip_norm=None,
+        in_backward=options.pop("in_backward", True), learning_rate=1e-2,
+    )  # fmt: skip
+    cfg = Config(
+        model=model,
+        data=DataConfig(seq_len=tokens, batch_size=1, tokenizer="none"),
+        optim=optim,
+        train=TrainConfig(**options),
+    )
+    state = jax.jit(lambda: init_train_state(cfg, init_params(model, 0)))()
+    ids = jax.random.randint(
+        jax.random.key(0), (1, 1, tokens), 0, min(1000, model.vocab_size)
+    )
+    batch = {"tokens": ids, "labels": jnp.roll(ids, -1, -1)}
+    step = make_train_step(cfg, model, make_mesh(cfg.mesh))
+    compiled = step.lower(state, batch).compile()
+    memory = compiled.memory_analysis()
+    times, losses = [], []
+    for _ in range(steps + 1):
+        began = time.perf_counter()
+        state, metrics = compiled(state, batch)
+        losses.append(round(float(metrics["loss"]), 4))
+        times.append(time.perf_counter() - began)
+    seconds = sorted(times[1:])[steps // 2]
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    return {
+        "variant": name, "tokens": tokens, "step_s": round(seconds, 3),
+        "tokens_per_second": round(tokens / seconds),
+        "state_GiB": round(memory.argument_size_in_bytes / 2**30, 2),
+        "temporaries_GiB": round(memory.temp_size_in_bytes / 2**30, 2),
+        "host_GiB": round(memory.host_temp_size_in_bytes / 2**30, 2),
+        "peak_GiB": round(peak / 2**30, 2), "losses": losses,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("variants", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--preset", default="llama3_8b")
+    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--steps", type=int, default=2)
+    args = parser.parse_args()
+    if unknown := set(args.variants) - set(VARIANTS):
+        raise SystemExit(f"no variants {sorted(unknown)}; there are {list(VARIANTS)}")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "100")
+    for name in args.variants:
+        print(json.dumps(run(name, args.preset, args.tokens, args.steps)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
