@@ -3,8 +3,8 @@
     python benchmarks/plans.py offload-8 offload full attention-8 attention
 
 One process, weights made on the device, SGD in the backward pass, batch 1, no data
-pipeline: the step alone. JAX's peak counter only rises, so the leanest plan comes first.
-Prints one JSON line a variant.
+pipeline: the step alone. JAX's peak counter only rises, so the leanest plan comes
+first. Prints one JSON line a variant.
 """
 
 import argparse

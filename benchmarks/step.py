@@ -24,7 +24,10 @@ ROWS = {
     # name: (tokens, extra options)
     "65536": (65536, []),
     "32768": (32768, []),
-    "32768 remat none": (32768, ["--train.remat", "none"]),
+    "32768 none": (
+        32768,
+        ["--train.plan", "none", "--optim.in-backward", "--optim.clip", "layer"],
+    ),
     "16384": (16384, []),
     "16384 unchunked": (
         16384,
