@@ -95,11 +95,12 @@ def scatter(gradients: Any, specs: Any) -> Any:
 
 
 def _along_fsdp(one: Any, tree: Any, specs: Any) -> Any:
-    def along(path, leaf):
-        spec = specs
-        for key in path:
-            spec = spec[key.key]
+    def along(leaf, spec):
         skip = len(spec) - leaf.ndim  # a layer's slice has lost its leading axis
         return one(leaf, tuple(spec).index("fsdp") - skip)
 
-    return jax.tree_util.tree_map_with_path(along, tree)
+    leaves, treedef = jax.tree.flatten(tree)
+    specs = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, P))
+    return jax.tree.unflatten(
+        treedef, [along(*pair) for pair in zip(leaves, specs, strict=True)]
+    )
