@@ -1,7 +1,19 @@
-"""Eight virtual CPU devices, strict promotion, jaxtyping checked."""
+"""Eight virtual CPU devices, strict promotion, jaxtyping checked.
 
+Tests, and the training processes that some of them start, share compiled programs
+through a directory that lives as long as the session: compilation is most of the time.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
 
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    cache = tempfile.mkdtemp(prefix="mst_jax-compiled-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
