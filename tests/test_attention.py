@@ -11,6 +11,8 @@ import pytest
 
 from mst_jax.ops.attention import (
     attention,
+    attention_backward,
+    attention_forward,
     choose_implementation,
     reference_attention,
 )
@@ -137,6 +139,42 @@ def test_softcap(causal):
 def test_everything_together(causal, segments, T, block):
     options = {"causal": causal, "sliding_window": 7, "softcap": 2.0}
     check(T, options, segments=segments, block=block, N=4, K=2)
+
+
+@pytest.mark.parametrize(
+    "T, N, K, options, segments",
+    [
+        (64, 4, 4, {}, None),
+        (17, 6, 1, {}, None),
+        (130, 4, 2, {"sliding_window": 7}, "non_monotone"),
+        (600, 2, 1, {"sliding_window": 100}, "packed"),
+    ],
+)
+def test_the_two_halves_are_attention(T, N, K, options, segments):
+    args, d_out = make(T, N=N, K=K)
+    options = options | {
+        "segment_ids": make_segments(segments, T),
+        "implementation": "xla",
+    }
+
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def halves(q, k, v, d_out):
+        out, lse = attention_forward(q, k, v, **options)
+        return lse, out, *attention_backward(q, k, v, out, lse, d_out, **options)
+
+    lse, *got = halves(*args, d_out)
+    want = run(partial(attention, **options), args, d_out)
+    assert max(errors(got, want)) < 1e-6
+    q, k = args[0], jnp.repeat(args[1], N // K, axis=2)
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) / q.shape[-1] ** 0.5
+    t, s = np.mgrid[:T, :T]
+    seen = (s <= t) & (t - s < options.get("sliding_window", T))
+    if segments:
+        ids = options["segment_ids"]
+        seen = seen & (ids[:, :, None] == ids[:, None])[:, None]
+    want = jax.nn.logsumexp(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    assert lse.dtype == jnp.float32
+    np.testing.assert_allclose(lse, want, rtol=1e-5, atol=1e-5)
 
 
 def plain(q, k, v, *, causal=True, sliding_window=None, segment_ids=None, softcap=None):

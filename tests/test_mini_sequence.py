@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from mst_jax import mini_sequence, mini_sequence_sum
-from mst_jax.mini_sequence import bytes_per_token, split_length
+from mst_jax.mini_sequence import (
+    bytes_per_token,
+    for_chunks,
+    put_tokens,
+    split_length,
+    take_tokens,
+)
 
 D, F = 8, 24
 
@@ -125,6 +131,45 @@ def test_split_is_balanced():
     assert split_length(300, 64) == (5, 60)
     assert split_length(257, 256) == (2, 129)
     assert split_length(1, 64) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "length, chunk_size, sizes",
+    [
+        (12, 4, {4}),
+        (10, 4, {4, 2}),  # equal chunks and a rest
+        (300, 64, {60}),  # balanced: five of 60, not four of 64 and one of 44
+        (7, 2, {2, 1}),
+        (9, 5, {5, 4}),  # one whole chunk: no loop
+        (8, 8, {8}),
+        (8, 1000, {8}),
+        (3, 1, {1}),
+    ],
+)
+def test_for_chunks_visits_every_token_once(length, chunk_size, sizes):
+    x = jax.random.normal(jax.random.key(0), (2, length, 3))
+    seen = set()
+
+    def body(carry, start, size):
+        y, visits = carry
+        seen.add(size)
+        chunk = take_tokens(y, start, size)
+        assert chunk.shape == (2, size, 3)
+        visits = put_tokens(visits, take_tokens(visits, start, size) + 1, start)
+        return put_tokens(y, 2 * chunk, start), visits
+
+    visits = jnp.zeros((2, length), jnp.int32)
+    y, visits = for_chunks(length, chunk_size, body, (x, visits))
+    assert seen == sizes
+    np.testing.assert_array_equal(visits, 1)
+    np.testing.assert_array_equal(y, 2 * x)
+
+
+def test_chunks_are_written_in_the_sequences_dtype():
+    x = jnp.zeros((1, 4, 2), jnp.bfloat16)
+    y = put_tokens(x, jnp.ones((1, 2, 2), jnp.float32), 1)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y[0, :, 0], jnp.bfloat16([0, 1, 1, 0]))
 
 
 def test_bytes_per_token_counts_the_wide_part():

@@ -1,0 +1,127 @@
+"""Frozen parameters, and the update of one layer at a time."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mst_jax.config import ModelConfig, OptimConfig
+from mst_jax.model import init_params
+from mst_jax.optim import (
+    at,
+    check_frozen,
+    init_state,
+    join_frozen,
+    make_optimizer,
+    put,
+    split_frozen,
+    unit_key,
+    update,
+    update_one,
+)
+
+SHAPES = jax.eval_shape(
+    lambda: init_params(ModelConfig(vocab_size=8, num_layers=2), seed=0)
+)
+
+
+def names(tree, where=""):
+    if not isinstance(tree, dict):
+        return {where}
+    return {name for key in tree for name in names(tree[key], f"{where}/{key}")}
+
+
+@pytest.mark.parametrize(
+    "freeze, frozen",
+    [
+        ((), set()),
+        (("embed",), {"/embed/embedding"}),
+        (("lm_head/kernel/",), {"/lm_head/kernel"}),
+        (
+            ("layers/attention", "final_norm"),
+            {f"/layers/attention/{w}" for w in ("wq", "wk", "wv", "wo")}
+            | {"/final_norm/scale"},
+        ),
+        (
+            ("layers/mlp/w_up", "layers/mlp"),
+            {f"/layers/mlp/{w}" for w in ("w_gate", "w_up", "w_down")},
+        ),
+        (("layers",), names(SHAPES["layers"], "/layers")),
+        (tuple(SHAPES), names(SHAPES)),
+    ],
+)
+def test_frozen_parameters_are_split_off(freeze, frozen):
+    # 'layers/attention' is no beginning of the name 'layers/attention_norm'.
+    trained, apart = split_frozen(SHAPES, freeze)
+    assert names(apart) == frozen
+    assert names(trained) == names(SHAPES) - frozen
+    assert join_frozen(trained, apart) == SHAPES
+
+
+@pytest.mark.parametrize(
+    "freeze, message",
+    [
+        (
+            ("embed", "layers/attn"),
+            "freeze='layers/attn' names no parameter; there",
+        ),
+        (("lm",), "freeze='lm' names no parameter"),  # whole names only
+        (("",), "freeze='' names no parameter"),
+        (tuple(SHAPES), "freezes every parameter"),
+    ],
+)
+def test_what_cannot_be_frozen(freeze, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_frozen(SHAPES, freeze)
+    check_frozen(SHAPES, ("embed", "layers/attention", "lm_head"))
+
+
+def tree(seed):
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "embed": {"w": (3, 4)},
+        "layers": {"norm": (5, 4), "w": (5, 4, 3)},
+    }
+    return jax.tree.map(
+        lambda s: jnp.asarray(rng.standard_normal(s), jnp.float32),
+        shapes, is_leaf=lambda s: isinstance(s, tuple),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_layers_are_updated_one_by_one(name):
+    # As if every layer, and the embedding, were a model of its own.
+    cfg = OptimConfig(name=name, learning_rate=0.1, warmup_steps=0, weight_decay=0.1)
+    optimizer = make_optimizer(cfg, steps=10)
+    params, gradients, key = tree(0), tree(1), jax.random.key(0)
+    options = {"scale": jnp.float32(0.5), "clip_norm": 1.0}
+    state = init_state(optimizer, params)
+    new, new_state = update(optimizer, params, gradients, state, key=key, **options)
+    units = [("embed", lambda t: t["embed"])]
+    units += [(i, lambda t, i=i: at(t["layers"], i)) for i in range(5)]
+    for unit, own in units:
+        want = update_one(
+            optimizer, own(params), own(gradients), own(state),
+            key=unit_key(key, unit), **options,
+        )  # fmt: skip
+        for a, b in zip(
+            *map(jax.tree.leaves, ((own(new), own(new_state)), want)), strict=True
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_every_unit_rounds_with_a_key_of_its_own():
+    key = jax.random.key(0)
+    units = [*range(200), "embed", "final_norm", "lm_head"]
+    keys = {bytes(np.asarray(jax.random.key_data(unit_key(key, u)))) for u in units}
+    assert len(keys) == len(units)
+
+
+def test_put_keeps_the_stacks_dtype():
+    stacks = {"a": jnp.zeros((3, 2), jnp.bfloat16)}
+    new = put(stacks, 1, {"a": jnp.float32([1, 2])})
+    assert new["a"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(new["a"], jnp.bfloat16([[0, 0], [1, 2], [0, 0]]))
+    np.testing.assert_array_equal(at(new, 1)["a"], jnp.bfloat16([1, 2]))
