@@ -24,10 +24,9 @@ ROWS = {
     # name: (tokens, extra options)
     "65536": (65536, []),
     "32768": (32768, []),
-    "32768 none": (
-        32768,
-        ["--train.plan", "none", "--optim.in-backward", "--optim.clip", "layer"],
-    ),
+    "65536 after": (65536, ["--optim.no-in-backward", "--optim.clip", "global"]),
+    "65536 offload": (65536, ["--train.plan", "offload"]),
+    "32768 none": (32768, ["--train.plan", "none"]),
     "16384": (16384, []),
     "16384 unchunked": (
         16384,
@@ -72,7 +71,9 @@ def run(work: Path, name: str, tokens: int, extra: list[str], args) -> dict:
         "--data.source", str(work / "text.txt"), "--data.tokenizer", "bytes",
         "--data.seq-len", str(tokens), "--optim.name", args.optimizer,
         "--optim.warmup-steps", "1", "--train.steps", str(args.steps),
-        "--train.eval-batches", "1", "--train.save-every", "0", *extra,
+        "--train.eval-batches", "1", "--train.save-every", "0",
+        "--train.memory-budget", "None", "--optim.moment-dtype",
+        "int8" if args.optimizer in ("adamw", "lion") else "float32", *extra,
     ]  # fmt: skip
     began = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -3,9 +3,9 @@
     python train.py --config configs/llama32_1b.py \
         --init-from meta-llama/Llama-3.2-1B --data.source documents/
 
-bfloat16 weights with stochastic rounding, Adafactor, everything but layer inputs
-recomputed, MLP and LM head on mini-sequences. Not measured on a 16 GB GPU yet; see
-tests/test_memory.py for the compiled figure.
+bfloat16 weights with stochastic rounding, AdamW with 8-bit moments, each layer updated
+in the backward pass; the planner picks the rest for the memory of the GPU that is
+there. Not measured on a 16 GB GPU yet; see tests/test_memory.py for compiled figures.
 """
 
 from mst_jax.config import Config, DataConfig, OptimConfig, TrainConfig
@@ -21,8 +21,10 @@ def get_config() -> Config:
             packing=False,
         ),
         optim=OptimConfig(
-            name="adafactor", learning_rate=1e-5, warmup_steps=20,
-            param_dtype="bfloat16",
+            name="adamw", learning_rate=1e-5, warmup_steps=20,
+            param_dtype="bfloat16", moment_dtype="int8", in_backward=True, clip="layer",
         ),
-        train=TrainConfig(steps=1000, plan="full", eval_every=100, save_every=100),
+        train=TrainConfig(
+            steps=1000, memory_budget="auto", eval_every=100, save_every=100,
+        ),
     )  # fmt: skip

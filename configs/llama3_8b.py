@@ -3,13 +3,18 @@
     python train.py --config configs/llama3_8b.py \
         --init-from meta-llama/Meta-Llama-3-8B --data.source documents/
 
-bfloat16 weights with stochastic rounding, Adafactor (no first moment, factored second
-moment), attention saved, all else recomputed, MLP and LM head on mini-sequences. One
-document a row, so that attention runs on cuDNN; a document longer than a row is cut.
+bfloat16 weights with stochastic rounding, AdamW with 8-bit moments, each layer updated
+in the backward pass. The planner picks what is kept of each layer, and the chunks, for
+the memory of the GPU that is there. One document a row, so that attention runs on
+cuDNN; a document longer than a row is cut. For more than the device holds, let layer
+inputs go to host memory: `--train.host-memory 100GiB --data.seq-len 393216`; `mst-jax
+plan` says what fits before you have the GPU.
 
-Measured with SGD in Adafactor's place on an H200, 2026-11-24: 5009 tokens/s, 68.8 GiB
-peak at 65,536 tokens (docs/benchmarks/step-2026-11-24-b.md). Adafactor itself was
-compiled for an H200, not run.
+Measured on an H200, 2026-11-24, with SGD in AdamW's place: 4906 tokens/s, 55.8 GiB with
+attention saved; 4250 tokens/s, 23.5 GiB with the inputs on the host
+(docs/benchmarks/plans-2026-11-24.md); from a Hugging Face checkpoint through this
+recipe with the update after the backward pass 5009 tokens/s, 68.8 GiB
+(docs/benchmarks/step-2026-11-24-b.md). With AdamW it was compiled for an H200, not run.
 """
 
 from mst_jax.config import Config, DataConfig, OptimConfig, TrainConfig
@@ -25,10 +30,10 @@ def get_config() -> Config:
             packing=False,
         ),
         optim=OptimConfig(
-            name="adafactor", learning_rate=1e-5, warmup_steps=20,
-            param_dtype="bfloat16",
+            name="adamw", learning_rate=1e-5, warmup_steps=20,
+            param_dtype="bfloat16", moment_dtype="int8", in_backward=True, clip="layer",
         ),
         train=TrainConfig(
-            steps=1000, plan="save_attention", eval_every=100, save_every=100, keep=1,
+            steps=1000, memory_budget="auto", eval_every=100, save_every=100, keep=1,
         ),
     )  # fmt: skip

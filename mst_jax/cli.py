@@ -1,4 +1,4 @@
-"""Command lines: `python train.py --config RECIPE [overrides]`, `mst-jax export`."""
+"""Command lines: `train.py --config RECIPE [overrides]`, `mst-jax export`, `plan`."""
 
 import importlib.util
 import sys
@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mst_jax.config import Config, ModelConfig, from_dict
+from mst_jax.config import PRESETS, Config, ModelConfig, from_dict
 
 
 def train_main(recipes: Path, args: list[str] | None = None) -> int:
@@ -33,11 +33,12 @@ def train_main(recipes: Path, args: list[str] | None = None) -> int:
             args=overrides,
         )
         # Here, so that --help and a mistyped option answer at once.
+        from mst_jax.memory import OutOfMemoryError
         from mst_jax.trainer import NonFiniteLossError, train
 
         try:
             train(cfg)
-        except NonFiniteLossError as error:
+        except (NonFiniteLossError, OutOfMemoryError) as error:
             return _fail(error)
     except (ValueError, FileNotFoundError, ImportError, NotImplementedError) as error:
         return _fail(error)
@@ -153,13 +154,89 @@ def _find_checkpoint(path: Path) -> tuple[Path, int | None]:
     )
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Say how long a sequence a GPU can train, and how. Needs no GPU."""
+
+    config: Path
+    """Recipe, such as configs/llama3_8b.py."""
+    gpu: str
+    """t4, l4, a10g, rtx-4090, a100-40gb, a100-80gb, h100, h200 or b200."""
+    host_memory: str = "0GiB"
+    """Host memory that may be pinned, such as 120GiB."""
+    device_memory: str | None = None
+    """Device memory for the process; by default 92% of the GPU's."""
+    seq_len: int | None = None
+    """Tokens, for the fastest plan; by default the longest sequence that fits."""
+    verify: bool = False
+    """Compile the real step for that GPU too (needs the CUDA plugin, no GPU)."""
+    out: Path = Path("plan.png")
+    """Figure of memory against sequence length."""
+
+
+def plan(args: Plan) -> None:
+    """Print the plan, its table and, if asked for, the compiled figure.
+
+    Raises:
+        ValueError: nothing fits, or an argument is wrong.
+        NotImplementedError, ImportError: see `compile_only.py`.
+    """
+    from mst_jax.compile_only import compile_step
+    from mst_jax.gpus import find_gpu
+    from mst_jax.plan_report import report
+    from mst_jax.planner import GIB, default_budget, parse_bytes
+
+    cfg, gpu = load_recipe(args.config), find_gpu(args.gpu)
+    model = _model_of(cfg)
+    device = default_budget(gpu)
+    if args.device_memory is not None:
+        device = parse_bytes(args.device_memory)
+    text, planned, prediction = report(
+        cfg, model, gpu, seq_len=args.seq_len, device_bytes=device,
+        host_bytes=parse_bytes(args.host_memory), png=args.out,
+    )  # fmt: skip
+    print(text)
+    if args.verify:
+        compiled = compile_step(planned, model, gpu)
+        workspace = prediction.peak_device - prediction.peak_compiled
+        print(
+            f"Compiled for {gpu.name}: {compiled.device / GIB:.2f} GiB, predicted "
+            f"{prediction.peak_compiled / GIB:.2f}; with cuDNN's workspace "
+            f"{(compiled.device + workspace) / GIB:.2f} GiB, predicted "
+            f"{prediction.peak_device / GIB:.2f}. Host: {compiled.host / GIB:.2f} GiB, "
+            f"predicted {prediction.peak_host / GIB:.2f}."
+        )
+
+
+def _model_of(cfg: Config) -> ModelConfig:
+    """The shape of a recipe's model: of a known checkpoint without a download."""
+    if cfg.model is not None:
+        return cfg.model
+    source = cfg.init_from
+    assert source is not None  # a Config has a model or init_from
+    known = {
+        "meta-llama/Llama-2-7b-hf": "llama2_7b",
+        "meta-llama/Meta-Llama-3-8B": "llama3_8b",
+        "meta-llama/Llama-3.2-1B": "llama32_1b",
+    }
+    if source in known:
+        return PRESETS[known[source]]
+    from mst_jax.hf_config import model_config_from_hf
+
+    if Path(source).is_dir():
+        return model_config_from_hf(source)
+    from huggingface_hub import hf_hub_download
+
+    return model_config_from_hf(hf_hub_download(source, "config.json"))
+
+
 def main() -> int:
     """Run the console command `mst-jax`."""
     try:
         command = tyro.extras.subcommand_cli_from_dict(
-            {"export": Export}, prog="mst-jax"
+            {"export": Export, "plan": Plan}, prog="mst-jax"
         )
-        export(command)
+        plan(command) if isinstance(command, Plan) else export(command)
     except (ValueError, FileNotFoundError, ImportError, NotImplementedError) as error:
         return _fail(error)
     return 0

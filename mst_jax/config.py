@@ -1,201 +1,38 @@
-"""Configuration: frozen dataclasses and model presets.
+"""Configuration of a run: frozen dataclasses.
 
 A recipe (configs/*.py) returns a `Config`. Everything that can be wrong is checked in
 `__post_init__`, before anything is compiled, read or downloaded. Defaults live here and
-nowhere else.
+in `model_config.py`, and nowhere else.
 """
 
 import dataclasses
 import difflib
-import math
 from dataclasses import dataclass, field
-from types import NoneType
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
+from mst_jax.model_config import (
+    PRESETS,
+    ModelConfig,
+    RopeConfig,
+    check_types,
+    fail,
+    not_negative,
+    positive,
+)
 from mst_jax.plan import read_groups
 
-
-def _check_types(owner: Any) -> None:
-    """Hold every field to its annotation; numbers are finite, strings not empty."""
-    for name, hint in get_type_hints(type(owner)).items():
-        value = getattr(owner, name)
-        if get_origin(hint) is Literal:
-            _one_of(owner, name, get_args(hint))
-            continue
-        if get_origin(hint) is tuple:
-            if not isinstance(value, tuple) or not all(
-                isinstance(v, str) for v in value
-            ):
-                _fail(owner, name, "must be a tuple of strings")
-            continue
-        kinds = get_args(hint) or (hint,)
-        wanted = " or ".join("None" if k is NoneType else k.__name__ for k in kinds)
-        allowed = (*kinds, int) if float in kinds else kinds
-        wrong_bool = isinstance(value, bool) and bool not in kinds
-        if wrong_bool or not isinstance(value, allowed):
-            _fail(owner, name, f"must be {wanted}, not {type(value).__name__}")
-        if isinstance(value, float) and not math.isfinite(value):
-            _fail(owner, name, f"must be a finite {wanted}")
-        if value == "":
-            _fail(owner, name, f"must be a {wanted} that is not empty")
-
-
-def _one_of(owner: Any, name: str, options: tuple[str, ...]) -> None:
-    value = getattr(owner, name)
-    if value not in options:
-        close = difflib.get_close_matches(str(value), options, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        _fail(owner, name, f"is not one of {options}{hint}")
-
-
-def _positive(owner: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        if value is not None and value <= 0:
-            nullable = NoneType in get_args(get_type_hints(type(owner))[name])
-            _fail(owner, name, "must be positive" + (", or None" if nullable else ""))
-
-
-def _not_negative(owner: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        if value is not None and value < 0:
-            _fail(owner, name, "is negative; it must be 0 or more")
-
-
-def _fail(owner: Any, name: str, rest: str) -> NoReturn:
-    value = getattr(owner, name)
-    raise ValueError(f"{type(owner).__name__}.{name}={value!r} {rest}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding, with the scalings of HF `rope_parameters`."""
-
-    theta: float = 10000.0
-    """Base of the frequencies."""
-    type: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
-    """Scaling of the frequencies for lengths beyond the pre-training length."""
-    factor: float = 1.0
-    """How much longer than `original_max_position` sequences may be."""
-    original_max_position: int = 8192
-    """Sequence length in tokens of the pre-training, before scaling."""
-    low_freq_factor: float = 1.0
-    """llama3: wavelengths above original / this are scaled by `factor`."""
-    high_freq_factor: float = 4.0
-    """llama3: wavelengths below original / this stay as they are."""
-    beta_fast: float = 32.0
-    """yarn: rotations above which a frequency stays as it is."""
-    beta_slow: float = 1.0
-    """yarn: rotations below which a frequency is interpolated."""
-    truncate: bool = True
-    """yarn: whether the interpolation bounds are rounded to whole dimensions."""
-    attention_factor: float | None = None
-    """yarn: scale of cos and sin; None takes 0.1 ln(factor) + 1."""
-
-    def __post_init__(self):
-        _check_types(self)
-        _positive(
-            self, "theta", "factor", "original_max_position", "low_freq_factor",
-            "beta_fast", "beta_slow", "attention_factor",
-        )  # fmt: skip
-        for kind, name, low in (
-            ("llama3", "high_freq_factor", "low_freq_factor"),
-            ("yarn", "beta_fast", "beta_slow"),
-        ):
-            if self.type == kind and getattr(self, name) <= getattr(self, low):
-                _fail(self, name, f"must be larger than {low}={getattr(self, low)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Shape of a Llama-class decoder. The letters are the package's shape legend."""
-
-    vocab_size: int = 256
-    """V, entries of the vocabulary."""
-    hidden_size: int = 256
-    """D, width of the residual stream."""
-    intermediate_size: int = 768
-    """F, width of the MLP."""
-    num_layers: int = 4
-    """L, decoder layers."""
-    num_heads: int = 4
-    """N, query heads."""
-    num_kv_heads: int = 2
-    """K, key/value heads; divides N."""
-    head_dim: int | None = None
-    """H, size of a head; None is D / N."""
-    rms_norm_eps: float = 1e-5
-    """Epsilon of the RMS norms."""
-    tie_embeddings: bool = False
-    """Whether the LM head is the transposed embedding."""
-    sliding_window: int | None = None
-    """Tokens that a query sees, itself included; None is all before it."""
-    initializer_range: float = 0.02
-    """Standard deviation of fresh weights."""
-    max_position: int = 131072
-    """Longest sequence the checkpoint claims to handle, in tokens."""
-    rope: RopeConfig = field(default_factory=RopeConfig)
-    """Rotary position embedding."""
-
-    def __post_init__(self):
-        _check_types(self)
-        _positive(
-            self, "vocab_size", "hidden_size", "intermediate_size", "num_layers",
-            "num_heads", "num_kv_heads", "head_dim", "sliding_window",
-            "rms_norm_eps", "initializer_range", "max_position",
-        )  # fmt: skip
-        if self.num_heads % self.num_kv_heads:
-            _fail(self, "num_kv_heads", f"must divide num_heads={self.num_heads}")
-        if self.head_dim is None and self.hidden_size % self.num_heads:
-            rest = f"is no multiple of num_heads={self.num_heads}; set head_dim"
-            _fail(self, "hidden_size", rest)
-        if self.head_size % 2:
-            rest = f"gives heads of {self.head_size}: RoPE needs an even size"
-            _fail(self, "head_dim", rest)
-
-    @property
-    def head_size(self) -> int:
-        """H, the size of a head."""
-        return self.head_dim or self.hidden_size // self.num_heads
-
-    @property
-    def num_params(self) -> int:
-        """Number of parameters."""
-        D, F, H = self.hidden_size, self.intermediate_size, self.head_size
-        attention = 2 * D * H * (self.num_heads + self.num_kv_heads)
-        head = 0 if self.tie_embeddings else D * self.vocab_size
-        layer = attention + 3 * D * F + 2 * D
-        return self.vocab_size * D + head + self.num_layers * layer + D
-
-    def flops_per_token(self, seq_len: int) -> float:
-        """Forward + backward FLOPs a token, causal attention, nothing recomputed."""
-        embedding = self.vocab_size * self.hidden_size
-        matmul = self.num_params - (0 if self.tie_embeddings else embedding)
-        seen = min(seq_len / 2, float(self.sliding_window or seq_len))
-        attention = 4 * self.num_layers * self.num_heads * self.head_size * seen
-        return 6 * matmul + 3 * attention
-
-
-_LLAMA3_ROPE: dict[str, Any] = dict(theta=500000.0, original_max_position=8192)
-PRESETS: dict[str, ModelConfig] = {
-    "tiny": ModelConfig(),
-    "llama2_7b": ModelConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_layers=32,
-        num_heads=32, num_kv_heads=32, max_position=4096,
-        rope=RopeConfig(original_max_position=4096),
-    ),
-    "llama3_8b": ModelConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32,
-        num_heads=32, num_kv_heads=8, max_position=8192,
-        rope=RopeConfig(**_LLAMA3_ROPE),
-    ),
-    "llama32_1b": ModelConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_layers=16,
-        num_heads=32, num_kv_heads=8, head_dim=64, tie_embeddings=True,
-        rope=RopeConfig(type="llama3", factor=32.0, **_LLAMA3_ROPE),
-    ),
-}  # fmt: skip
+__all__ = [
+    "PRESETS",
+    "Config",
+    "DataConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RopeConfig",
+    "TrainConfig",
+    "from_dict",
+    "to_dict",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,12 +61,12 @@ class DataConfig:
     """Stream an HF dataset instead of downloading it."""
 
     def __post_init__(self):
-        _check_types(self)
-        _positive(self, "seq_len", "batch_size")
+        check_types(self)
+        positive(self, "seq_len", "batch_size")
         if not 0 <= self.holdout < 1:
-            _fail(self, "holdout", "must be in [0, 1)")
+            fail(self, "holdout", "must be in [0, 1)")
         if self.streaming and not self.source.startswith("hf:"):
-            _fail(self, "source", "cannot stream: set source='hf:NAME' or no streaming")
+            fail(self, "source", "cannot stream: set source='hf:NAME' or no streaming")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,19 +112,19 @@ class OptimConfig:
     """Keep the layers' optimizer state in pinned host memory."""
 
     def __post_init__(self):
-        _check_types(self)
-        _positive(self, "learning_rate", "eps", "clip_norm")
-        _not_negative(self, "warmup_steps", "weight_decay")
+        check_types(self)
+        positive(self, "learning_rate", "eps", "clip_norm")
+        not_negative(self, "warmup_steps", "weight_decay")
         if self.moment_dtype != "float32" and self.name in ("sgd", "adafactor"):
             rest = (
                 f"needs adamw or lion: {self.name} has no moments of whole parameters"
             )
-            _fail(self, "moment_dtype", rest)
+            fail(self, "moment_dtype", rest)
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
-                _fail(self, name, "must be in [0, 1)")
+                fail(self, name, "must be in [0, 1)")
         if not 0 <= self.end_factor <= 1:
-            _fail(self, "end_factor", "must be in [0, 1]")
+            fail(self, "end_factor", "must be in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,8 +137,8 @@ class MeshConfig:
     """Shards of every parameter."""
 
     def __post_init__(self):
-        _check_types(self)
-        _positive(self, "data", "fsdp")
+        check_types(self)
+        positive(self, "data", "fsdp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +156,12 @@ class TrainConfig:
     also attention's output, 'none' recomputes nothing, 'offload' and
     'offload_attention' keep it in host memory; or groups as in '8 offload=input; 24
     save=input+attention'."""
+    memory_budget: str | None = None
+    """'auto' is this GPU's memory, or a size such as '60GiB': the planner then chooses
+    plan, head_groups and chunk sizes. None runs them as they are set."""
+    host_memory: str | None = None
+    """Host memory that the planner may use: 'auto' is most of what is free, or a size
+    such as '120GiB'; None is none."""
     head_groups: int = 1
     """Attention runs on num_kv_heads / head_groups key/value heads at a time: less
     memory, slightly slower. Divides num_kv_heads."""
@@ -341,11 +184,11 @@ class TrainConfig:
     """Seed of fresh weights and of stochastic rounding."""
 
     def __post_init__(self):
-        _check_types(self)
-        _positive(self, "steps", "accumulate", "eval_every", "eval_batches", "keep")
-        _positive(self, "loss_chunk_size", "log_every", "head_groups")
+        check_types(self)
+        positive(self, "steps", "accumulate", "eval_every", "eval_batches", "keep")
+        positive(self, "loss_chunk_size", "log_every", "head_groups")
         read_groups(self.plan)
-        _not_negative(self, "mlp_chunk_size", "save_every")
+        not_negative(self, "mlp_chunk_size", "save_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,7 +214,7 @@ class Config:
     """The run."""
 
     def __post_init__(self):
-        _check_types(self)
+        check_types(self)
         if self.model is None and self.init_from is None:
             raise ValueError("Config needs a model or init_from (an HF checkpoint)")
         if self.model is not None and self.init_from is not None:

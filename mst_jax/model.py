@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mst_jax.config import ModelConfig
+from mst_jax.model_config import ModelConfig
 from mst_jax.ops.attention import attention
 from mst_jax.ops.rms_norm import rms_norm
 from mst_jax.ops.rope import apply_rope, rope_tables

@@ -27,6 +27,7 @@ from mst_jax.config import Config, ModelConfig, to_dict
 from mst_jax.data import Data, load_data
 from mst_jax.gradients import layer_chunk_size, make_plan
 from mst_jax.hf_config import model_config_from_hf
+from mst_jax.memory import explained, fit
 from mst_jax.metrics import (
     MetricsWriter,
     peak_flops,
@@ -64,6 +65,7 @@ def train(cfg: Config) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: a config, data or checkpoint that cannot work.
         NonFiniteLossError: names the step and the last good checkpoint.
+        OutOfMemoryError: says what was predicted and what would fit.
     """
     console = Console()
     run = _Run(cfg, console)
@@ -79,6 +81,7 @@ class _Run:
         model = model_config_from_hf(self.source) if self.source else cfg.model
         assert model is not None  # Config makes sure of it
         self.model: ModelConfig = model
+        cfg = self.cfg = fit(cfg, model)
         check_divisible(self.model, cfg.mesh)
         shapes = jax.eval_shape(lambda: init_params(self.model, 0))
         check_frozen(shapes, cfg.optim.freeze)
@@ -199,12 +202,17 @@ class _Run:
         for line in describe(cfg, self.model, self.data):
             self.console.print(line, highlight=False)
         if start < cfg.train.steps:
-            step_fn = self._compile(step_fn, state)
+            with explained(cfg, self.model):
+                step_fn = self._compile(step_fn, state)
         writer = MetricsWriter(out, start_step=start)
         summary: dict[str, Any] = {"step": start, "interrupted": False}
         rates: list[float] = []
         step = saved = logged = start
-        with stop_signals() as stop, self._progress(start) as progress:
+        with (
+            explained(cfg, self.model),
+            stop_signals() as stop,
+            self._progress(start) as progress,
+        ):
             previous = time.perf_counter()
             while step < cfg.train.steps and not stop:
                 if cfg.profile and step == start + 2:

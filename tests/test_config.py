@@ -8,14 +8,22 @@ import sys
 
 import pytest
 
-# A copy without the type checks of conftest.py: they would speak before the messages
-# that a user sees.
-_SPEC = importlib.util.spec_from_file_location(
-    "plain_config", importlib.util.find_spec("mst_jax.config").origin
-)
-config = importlib.util.module_from_spec(_SPEC)
-sys.modules["plain_config"] = config
-_SPEC.loader.exec_module(config)
+import mst_jax.model_config as checked
+
+
+def plain(name):
+    """A copy without conftest.py's type checks, which would speak before the messages
+    that a user sees."""
+    spec = importlib.util.find_spec(f"mst_jax.{name}")
+    spec = importlib.util.spec_from_file_location(f"plain_{name}", spec.origin)
+    module = sys.modules[f"plain_{name}"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+sys.modules["mst_jax.model_config"] = plain("model_config")
+config = plain("config")
+sys.modules["mst_jax.model_config"] = checked
 
 PRESETS = config.PRESETS
 Config, DataConfig, MeshConfig = config.Config, config.DataConfig, config.MeshConfig

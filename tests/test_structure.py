@@ -13,6 +13,7 @@ PACKAGE = ROOT / "mst_jax"
 RANKS = {
     "plan": 0,
     "mini_sequence": 0,
+    "model_config": 0,
     "config": 1,
     "ops": 2,
     "low_precision": 2,
@@ -24,8 +25,14 @@ RANKS = {
     "sharding": 4,
     "gradients": 5,
     "train_step": 6,
-    "trainer": 7,
-    "cli": 8,
+    "step_memory": 6,
+    "prediction": 7,
+    "compile_only": 7,
+    "planner": 8,
+    "memory": 9,
+    "plan_report": 9,
+    "trainer": 10,
+    "cli": 11,
 }
 # A leaf imports config, and the leaves named here.
 LEAVES = {
@@ -35,6 +42,7 @@ LEAVES = {
     "documents": (),
     "data": ("documents",),
     "metrics": (),
+    "gpus": ("metrics",),
 }
 
 
@@ -106,7 +114,9 @@ def test_imports_run_one_way(module):
     for imported, _ in imports(module):
         below, own = unit(imported), unit(module)
         if below in LEAVES:
-            assert own in ("trainer", "cli"), f"{module} imports the leaf {imported}"
+            assert own in ("trainer", "cli") or below == "gpus", (
+                f"{module} imports the leaf {imported}"
+            )
         elif below != own or own not in ("ops",):
             assert below in RANKS and RANKS[below] < RANKS[own], (
                 f"{module} imports {imported}, which is not below it"
@@ -119,7 +129,9 @@ def test_leaves_import_only_config_and_leaves_they_name(module):
     assert {unit(imported) for imported, _ in imports(module)} <= allowed
 
 
-@pytest.mark.parametrize("module", ["mst_jax.plan", "mst_jax.mini_sequence"])
+@pytest.mark.parametrize(
+    "module", ["mst_jax.plan", "mst_jax.model_config", "mst_jax.mini_sequence"]
+)
 def test_the_ground_imports_nothing_of_the_package(module):
     assert imports(module) == []
 
@@ -127,7 +139,7 @@ def test_the_ground_imports_nothing_of_the_package(module):
 def test_few_files_to_open_from_the_model():
     files = reached("mst_jax.model")
     lines = {m: len(MODULES[m].read_text().splitlines()) for m in sorted(files)}
-    assert len(lines) <= 10, lines
+    assert len(lines) <= 9, lines
     assert sum(lines.values()) <= 1500, (sum(lines.values()), lines)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mst_jax.config import RopeConfig
+from mst_jax.model_config import RopeConfig
 
 
 def rope_tables(

@@ -1,0 +1,140 @@
+"""Compile the real train step for a GPU that is not there, and read its memory.
+
+XLA's CUDA compiler needs a description of the GPU, not the GPU: `gpus.Gpu.target`. The
+CUDA plugin must be installed. The compilation runs in a process of its own, since the
+plugin would claim this one's backend. Two things differ from a run:
+
+- cuDNN is not asked for the workspace of its attention, which counts as nothing;
+  `Prediction` knows it.
+- kernels are not autotuned, and Triton's matrix products, which need that, are off.
+
+Optimizer state in host memory (`optim.state_on_host`) cannot be compiled so: an
+argument's memory kind belongs to a device.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from mst_jax.config import Config, ModelConfig, from_dict, to_dict
+from mst_jax.gpus import GPUS, Gpu
+
+FLAGS = "--xla_gpu_enable_triton_gemm=false"
+SECONDS = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """XLA's account of a compiled step, in bytes."""
+
+    arguments: int
+    """State and batch."""
+    temporaries: int
+    """What the step allocates on the device."""
+    outputs: int
+    """Results that do not overwrite an argument."""
+    host: int
+    """What the step allocates in pinned host memory."""
+
+    @property
+    def device(self) -> int:
+        """Peak of the device's memory."""
+        return self.arguments + self.temporaries + self.outputs
+
+
+def compile_step(cfg: Config, model: ModelConfig, gpu: Gpu) -> Compiled:
+    """Compile `cfg`'s train step for a GPU: 10 to 60 seconds on two cores.
+
+    Raises:
+        NotImplementedError: state in host memory, or more than one device.
+        ImportError: the CUDA plugin is not installed.
+        RuntimeError: the compilation failed; with the end of what it said.
+    """
+    if cfg.optim.state_on_host:
+        raise NotImplementedError(
+            "optim.state_on_host=True cannot be compiled without a GPU: an argument in "
+            "host memory needs a device. Verify with state_on_host off; the layers' "
+            "optimizer state then counts as device memory"
+        )
+    if cfg.mesh.data * cfg.mesh.fsdp > 1:
+        raise NotImplementedError("only a step for one device is compiled: set mesh")
+    if not any(find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
+        raise ImportError(
+            "compiling for a GPU needs the CUDA plugin: pip install 'mst-jax[cuda13]'"
+        )
+    name = next(key for key, known in GPUS.items() if known == gpu)
+    job = {"config": to_dict(cfg), "model": to_dict(model), "gpu": name}
+    package = str(Path(__file__).parents[1])
+    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    flags = [*filter(None, [os.environ.get("XLA_FLAGS")]), FLAGS]
+    done = subprocess.run(
+        [sys.executable, "-m", "mst_jax.compile_only"],
+        input=json.dumps(job), capture_output=True, text=True, timeout=SECONDS,
+        env={
+            **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags),
+            "PYTHONPATH": os.pathsep.join(paths),
+        },
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(
+            f"the step does not compile for {gpu.name} (compute capability "
+            f"{gpu.capability}) without one:\n{done.stderr[-2000:]}"
+        )
+    return Compiled(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _main() -> None:
+    job = json.load(sys.stdin)
+    memory = _compile(
+        from_dict(job["config"]), from_dict(job["model"], ModelConfig), GPUS[job["gpu"]]
+    )
+    print(json.dumps(memory))
+
+
+def _compile(cfg: Config, model: ModelConfig, gpu: Gpu) -> dict[str, int]:
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    import mst_jax.ops.attention.api as attention
+    from mst_jax.model import init_params
+    from mst_jax.sharding import make_mesh
+    from mst_jax.train_step import init_train_state, make_train_step
+
+    # It asks this process's device, which is a CPU.
+    obstacle = None if gpu.has_bf16 else "compute capability below 8.0"
+    attention._device_obstacle = lambda q: obstacle
+
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=gpu.target, topology="1x1x1"
+    )
+    place = SingleDeviceSharding(topology.devices[0])
+
+    def on_target(tree):
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree
+        )
+
+    state = jax.eval_shape(lambda: init_train_state(cfg, init_params(model, 0)))
+    names = ["tokens", "labels"]
+    names += ["segment_ids", "positions"] if cfg.data.packing else []
+    shape = cfg.train.accumulate, cfg.data.batch_size, cfg.data.seq_len
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    step = make_train_step(cfg, model, make_mesh(cfg.mesh))
+    compiled = step.lower(on_target(state), on_target(batch)).compile()
+    memory = compiled.memory_analysis()
+    return {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "host": memory.host_temp_size_in_bytes,
+    }
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,166 @@
+"""What `mst-jax plan` prints and draws: a plan in words, a table, a figure."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from mst_jax.config import Config, ModelConfig
+from mst_jax.gpus import Gpu
+from mst_jax.planner import (
+    GIB,
+    GRAIN,
+    Planned,
+    fastest_plan,
+    gib,
+    longest_sequence,
+    memory_limit,
+    parts,
+)
+from mst_jax.prediction import Prediction
+
+
+def table(rows: list[Planned]) -> str:
+    """Return predictions as a table in Markdown."""
+    names = (
+        "tokens", "plan", "head groups", "device GiB", "host GiB", "tokens/s",
+        "limited by",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    for cfg, p in rows:
+        cells = (
+            cfg.data.seq_len, cfg.train.plan, cfg.train.head_groups,
+            f"{p.peak_device / GIB:.1f}", f"{p.peak_host / GIB:.1f}",
+            f"{p.tokens_per_second:.0f}", p.limited_by,
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def report(
+    cfg: Config,
+    model: ModelConfig,
+    gpu: Gpu,
+    *,
+    seq_len: int | None,
+    device_bytes: int,
+    host_bytes: int,
+    png: Path,
+) -> tuple[str, Config, Prediction]:
+    """Plan a sequence, draw the figure, and put all of it in words.
+
+    Args:
+        cfg: the run.
+        model: its shape.
+        gpu: where it runs.
+        seq_len: tokens; None is the longest that fits.
+        device_bytes: budget.
+        host_bytes: budget.
+        png: where the figure goes.
+
+    Returns:
+        (text, cfg with the plan, its prediction).
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    budget = device_bytes, host_bytes
+
+    def at_length(tokens: int) -> Config:
+        return replace(cfg, data=replace(cfg.data, seq_len=tokens))
+
+    if seq_len is None:
+        found = longest_sequence(cfg, model, gpu, *budget)
+        limit = memory_limit(found[0], model, gpu, *budget)
+        first = f"The longest sequence is {found[0].data.seq_len} tokens: {limit}."
+    else:
+        found = fastest_plan(at_length(seq_len), model, gpu, *budget)
+        first = f"The fastest plan for {seq_len} tokens:"
+    rows = [
+        fastest_plan(at_length(tokens), model, gpu, *budget)
+        for tokens in lengths(found[0].data.seq_len, 9)
+    ]
+    title = f"{gpu.name}, {cfg.optim.name}, {gib(host_bytes)} of host memory"
+    plot_memory(
+        rows, png, title=title, device_bytes=device_bytes, host_bytes=host_bytes
+    )
+    planned, prediction = found
+    spent = "; ".join(f"{k} {s:.2f} s" for k, s in prediction.seconds.items() if s)
+    text = [
+        f"{gpu.name}: {gib(device_bytes)} of {gib(gpu.memory)} for the process, "
+        f"{gib(host_bytes)} of pinned host memory.",
+        f"{first}\n",
+        f"{table([*rows[:-1:2], found])}\n",
+        f"At its peak ({prediction.peak_phase}): {parts(prediction)}.",
+        f"A step takes {prediction.step_seconds:.2f} s: {spent}.",
+        f"Figure: {png}\n",
+        command(planned, prediction, gpu, device_bytes),
+    ]
+    return "\n".join(text), planned, prediction
+
+
+def command(cfg: Config, prediction: Prediction, gpu: Gpu, device_bytes: int) -> str:
+    """Return what to set for the run."""
+    train = cfg.train
+    # JAX takes three quarters of the device, and its host pool doubles as it grows.
+    fraction = min(0.97, device_bytes / gpu.memory + 0.03)
+    settings = [f"XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f}"]
+    if prediction.peak_host:
+        limit = prediction.peak_host // GIB + 1
+        settings.append(f"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB={limit}")
+    options = [
+        f"--data.seq-len {cfg.data.seq_len}",
+        f"--train.plan '{train.plan}'",
+        f"--train.head-groups {train.head_groups}",
+        f"--train.mlp-chunk-size {train.mlp_chunk_size}",
+        f"--train.loss-chunk-size {train.loss_chunk_size}",
+    ]
+    return "\n".join([" ".join(settings), *options])
+
+
+def lengths(longest: int, count: int) -> list[int]:
+    """Return about so many lengths up to the longest, at equal ratios."""
+    first = min(4 * GRAIN, longest)
+    steps = (first * (longest / first) ** (i / (count - 1)) for i in range(count))
+    return sorted({max(GRAIN, int(t) // GRAIN * GRAIN) for t in steps} | {longest})
+
+
+def plot_memory(
+    rows: list[Planned],
+    path: Path,
+    *,
+    title: str,
+    device_bytes: int,
+    host_bytes: int,
+) -> None:
+    """Draw device memory at the peak by component, and host memory, against the length.
+
+    Args:
+        rows: by increasing length.
+        path: of the PNG.
+        title: of the figure.
+        device_bytes: budget, drawn as a line.
+        host_bytes: the same.
+    """
+    from matplotlib.figure import Figure
+
+    tokens = [cfg.data.seq_len for cfg, _ in rows]
+    names = dict.fromkeys(name for _, p in rows for name in p.components)
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure.suptitle(title)
+    device, host = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    device.stackplot(
+        tokens,
+        [[p.components.get(name, 0) / GIB for _, p in rows] for name in names],
+        labels=list(names),
+    )
+    host.plot(tokens, [p.peak_host / GIB for _, p in rows], "o-", markersize=3)
+    for axes, budget, label in (
+        (device, device_bytes, "device GiB"),
+        (host, host_bytes, "pinned host GiB"),
+    ):
+        axes.axhline(budget / GIB, color="black", linestyle="--", linewidth=1)
+        axes.set_ylabel(label)
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+    host.set_xlabel("tokens of a sequence")
+    device.legend(loc="upper left", fontsize="small")
+    figure.savefig(path, dpi=120)

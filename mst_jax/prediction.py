@@ -1,0 +1,192 @@
+"""What a train step will need and how long it will take, from shapes alone.
+
+Memory is `step_memory.py`'s. Time is the sum of matrix products, attention, kernels
+bound by memory, and the host link; nothing overlaps but the stores to the host. The
+shares of the GPU's peak are those of Llama3-8B's steps on an H200: with them the nine
+measured ones of 16,384 to 65,536 tokens (docs/benchmarks) come out within 2.5%. Other
+GPUs are assumed to reach the same shares. XLA's flash attention (T4, packed documents)
+is not measured: it is taken to be bound by the memory traffic of its scores. A packed
+row counts as one document.
+"""
+
+from dataclasses import dataclass
+
+from mst_jax.config import Config, ModelConfig
+from mst_jax.gpus import Gpu
+from mst_jax.plan import LayerGroup
+from mst_jax.step_memory import WORKSPACE, StepMemory
+
+MATMUL = 0.70
+"""Share of the peak in matrix products: 690 TFLOP/s of 989."""
+ATTENTION_FORWARD, ATTENTION_BACKWARD, SHORT = 0.664, 0.564, 6144
+"""The same of attention, times T / (T + SHORT): 600 and 510 at 65,536 tokens."""
+BANDWIDTH = 0.9
+"""Share of the memory's bandwidth: 4.3 TB/s of 4.8."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One train step. Bytes and seconds."""
+
+    state: dict[str, int]
+    """Device memory between steps: parameters, optimizer state."""
+    phases: dict[str, dict[str, int]]
+    """Device memory beside the state, by phase and component."""
+    host: dict[str, int]
+    """Pinned host memory, by component."""
+    seconds: dict[str, float]
+    """Of a step: matrix products, attention, memory bandwidth, host link."""
+    tokens: int
+    """Tokens of a step."""
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def components(self) -> dict[str, int]:
+        """What the device holds at the peak."""
+        return self.state | self.phases[self.peak_phase]
+
+    @property
+    def peak_device(self) -> int:
+        """Most device memory at a time."""
+        return sum(self.components.values())
+
+    @property
+    def peak_compiled(self) -> int:
+        """What a compilation without a device reports: no attention workspace."""
+        phases = (p | {WORKSPACE: 0} for p in self.phases.values())
+        return sum(self.state.values()) + max(sum(p.values()) for p in phases)
+
+    @property
+    def peak_host(self) -> int:
+        """Pinned host memory."""
+        return sum(self.host.values())
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of a step."""
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.step_seconds
+
+    @property
+    def limited_by(self) -> str:
+        """What most of the time goes to."""
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+
+def predict(cfg: Config, model: ModelConfig, gpu: Gpu) -> Prediction:
+    """Predict memory and time of `cfg`'s train step on a GPU.
+
+    Raises:
+        ValueError: the plan does not fit the model.
+        NotImplementedError: more than one device.
+    """
+    if cfg.mesh.data * cfg.mesh.fsdp > 1:
+        raise NotImplementedError(
+            f"the planner knows one device, the mesh has {cfg.mesh}; set it to one"
+        )
+    memory = StepMemory(cfg, model, gpu)
+    params, device, host = memory.state
+    return Prediction(
+        state={"parameters": params, "optimizer state": device},
+        phases=memory.phases(),
+        host={"residuals": memory.host_residuals, "optimizer state": host},
+        seconds=_Time(memory).seconds(),
+        tokens=memory.n * cfg.train.accumulate,
+    )
+
+
+class _Time:
+    """Seconds of a step."""
+
+    def __init__(self, step: StepMemory):
+        self.step, self.gpu, self.cfg = step, step.gpu, step.cfg
+        # In the backward pass, clipping the global norm takes a second one.
+        twice = self.cfg.optim.in_backward and step.clips_globally
+        self.passes = 2 if twice else 1
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of a step by what they go to."""
+        s, link = self.step, self.gpu.link
+        groups = s.plan.groups
+        matmul = self._matmul()
+        attention = self._attention()
+        to_host = s.host_residuals / link
+        # Stores run beside the forward pass, about a quarter; loads are waited for.
+        host = self.passes * to_host + max(0.0, to_host - (matmul + attention) / 4)
+        tokens = 14 * s.V + sum(g.layers * self._moved(g) for g in groups)
+        # The chunks' weight gradients are added up in f32.
+        sums = s.L * s.W * s.n / s.C + s.V * s.D * s.n / s.C_loss
+        parts = {
+            "matrix products": matmul,
+            "attention": attention,
+            "memory bandwidth": self._memory(s.n * tokens + 8 * sums),
+            "host link": host,
+        }
+        parts = {name: x * self.cfg.train.accumulate for name, x in parts.items()}
+        params, state, on_host = s.state
+        # Weights and state are read and written, f32 gradients too.
+        updated = 2 * params + 2 * (state + on_host) + 8 * params / s.w
+        parts["memory bandwidth"] += self._memory(updated)
+        parts["host link"] += 2 * on_host / link
+        return parts
+
+    def _memory(self, size: float) -> float:
+        return size / (BANDWIDTH * self.gpu.bandwidth)
+
+    def _reruns(self, group: LayerGroup) -> int:
+        """How often a backward pass runs a layer's attention forward again."""
+        return (group.every > 1) + ("attention" not in group.kept)
+
+    def _moved(self, group: LayerGroup) -> int:
+        """Bytes a token that one layer's memory-bound kernels move."""
+        s, passes = self.step, self.passes
+        forward = 15 * s.D + 3 * s.F
+        backward = 35 * s.D + 6 * s.F + (forward if group.every > 1 else 0)
+        # Each group of heads after the first reads and normalises x again.
+        again = (s.plan.head_groups - 1) * (1 + passes * (1 + self._reruns(group)))
+        return s.a * (forward + passes * backward + 7 * s.D * again)
+
+    def _matmul(self) -> float:
+        s = self.step
+        flops = 6 * s.V * s.D + sum(
+            g.layers * (2 * s.W + self.passes * (4 * s.W + self._again(g)))
+            for g in s.plan.groups
+        )
+        return s.n * flops / (MATMUL * self.gpu.peak)
+
+    def _again(self, group: LayerGroup) -> int:
+        """FLOPs a token of the matrix products that a layer's backward runs again."""
+        s, kept, again = self.step, group.kept, 0
+        if "qkv" not in kept:
+            twice = s.plan.head_groups > 1 and "attention" not in kept
+            again += 2 * s.qkv * (2 if twice else 1)
+        if "mlp_input" not in kept:
+            again += 2 * s.NH * s.D
+        if "gate_up" not in kept:
+            again += 4 * s.D * s.F
+        return again + (2 * s.W if group.every > 1 else 0)
+
+    def _attention(self) -> float:
+        s, gpu = self.step, self.gpu
+        forward = sum(
+            g.layers * (1 + self.passes * self._reruns(g)) for g in s.plan.groups
+        )
+        backward = s.L * self.passes
+        pairs = s.n * min(s.T / 2, s.model.sliding_window or s.T)
+        if not s.cudnn:
+            # Its f32 scores go through memory, an estimated 6 times forward and 15
+            # back.
+            scores = self._memory(pairs * s.N * 4 * (6 * forward + 15 * backward))
+            flops = pairs * s.NH * (4 * forward + 10 * backward)
+            return scores + flops / (MATMUL * gpu.peak)
+        rate = gpu.peak * s.T / (s.T + SHORT)
+        shares = 4 * forward / ATTENTION_FORWARD + 10 * backward / ATTENTION_BACKWARD
+        return pairs * s.NH * shares / rate

@@ -1,0 +1,254 @@
+"""Device and host memory of a train step, from shapes alone.
+
+The peak is the state plus the largest of a step's phases. With the package's letters, a
+and w the bytes of an activation and of a weight, n = B T tokens and a layer of
+W = D (N + 2 K) H + N H D + 3 D F weights, the phases hold in bytes
+
+    head       residuals + n (3 a D + 4 H) + 4 D V + C V (4 + a)
+    MLP        residuals + sequences + 2 n a K H + C a (6 F + 2 D) + 12 D F + layer
+    attention  residuals + sequences + n a (3 N H + 4 K H) / head_groups + workspace
+                         + 12 D F + layer
+    update     4 V D + n a D
+    sequences  n (a (2 D + N H) + 4 (N + H))
+    layer      a W + 8 N H D
+
+and whatever is recomputed, kept or waits for its use besides: see the functions. The
+terms are those of `layer.py` and `gradients.py`, held against the buffers that XLA
+assigns in compiled steps. cuDNN's workspace, 8 n N H / head_groups, is measured on an
+H200 and assumed elsewhere; a compilation without a device leaves it out.
+"""
+
+from functools import cache, cached_property
+from math import prod
+
+from mst_jax.config import Config, ModelConfig
+from mst_jax.gpus import Gpu
+from mst_jax.gradients import layer_chunk_size, make_plan
+from mst_jax.mini_sequence import split_length
+from mst_jax.ops.linear_cross_entropy import loss_chunk_size
+from mst_jax.plan import LayerGroup, Plan
+
+MOMENTS = {"sgd": 0, "adafactor": 0, "lion": 1, "adamw": 2}
+"""Optimizer state of a parameter's own shape."""
+WORKSPACE = "attention workspace"
+
+
+class StepMemory:
+    """A step's letters, and its bytes."""
+
+    def __init__(self, cfg: Config, model: ModelConfig, gpu: Gpu):
+        self.cfg, self.model, self.gpu = cfg, model, gpu
+        self.plan: Plan = make_plan(cfg, model)
+        B, T = cfg.data.batch_size, cfg.data.seq_len
+        self.T, self.n = T, B * T
+        self.D, self.F, self.V = (
+            model.hidden_size, model.intermediate_size, model.vocab_size
+        )  # fmt: skip
+        self.NH = model.num_heads * model.head_size
+        self.KH = model.num_kv_heads * model.head_size
+        self.N, self.H, self.L = model.num_heads, model.head_size, model.num_layers
+        self.a = 2 if cfg.train.compute_dtype == "bfloat16" else 4
+        self.w = 2 if cfg.optim.param_dtype == "bfloat16" else 4
+        # Without bf16 units XLA widens the operands of matrix products.
+        self.wide = 4 if not gpu.has_bf16 else self.a
+        self.cudnn = gpu.has_bf16 and self.a == 2 and not cfg.data.packing
+        self.C = B * split_length(T, layer_chunk_size(cfg, model, B, T))[1]
+        size = cfg.train.loss_chunk_size or loss_chunk_size(B, self.V)
+        self.C_loss = B * split_length(T, size)[1]
+        self.qkv = self.D * (self.NH + 2 * self.KH)
+        self.W = self.qkv + self.NH * self.D + 3 * self.D * self.F
+        optim = cfg.optim
+        self.clips_globally = optim.clip == "global" and optim.clip_norm is not None
+
+    @cached_property
+    def state(self) -> tuple[int, int, int]:
+        """Bytes of parameters, of optimizer state on the device and on the host."""
+        params = device = host = 0
+        for name, (count, shape) in parameters(self.model).items():
+            params += count * self.w * prod(shape)
+            moments = 0 if self._frozen(name) else count * _moments(shape, self.cfg)
+            if self.cfg.optim.state_on_host and name.startswith("layers/"):
+                host += moments
+            else:
+                device += moments
+        return params, device, host
+
+    def _frozen(self, name: str) -> bool:
+        paths = self.cfg.optim.freeze
+        return any(f"{name}/".startswith(f"{path.strip('/')}/") for path in paths)
+
+    def _trained(self, *tops: str) -> int:
+        """Trained parameters below these names."""
+        return sum(
+            count * prod(shape)
+            for name, (count, shape) in parameters(self.model).items()
+            if name.split("/")[0] in tops and not self._frozen(name)
+        )
+
+    def kept_bytes(self, names: frozenset[str]) -> int:
+        """Bytes of one layer's residuals."""
+        a, n = self.a, self.n
+        widths = {
+            "input": a * self.D,
+            "qkv": a * (self.NH + 2 * self.KH),
+            "attention": a * self.NH + 4 * self.N,
+            "mlp_input": a * self.D,
+            "gate_up": 2 * a * self.F,
+        }
+        return n * sum(widths[name] for name in names)
+
+    def _saved(self, group: LayerGroup) -> int:
+        names = group.save if group.every == 1 else group.save & {"input"}
+        return group.layers // group.every * self.kept_bytes(names)
+
+    @property
+    def host_residuals(self) -> int:
+        """Bytes of residuals in host memory."""
+        groups = self.plan.groups
+        return sum(g.layers // g.every * self.kept_bytes(g.offload) for g in groups)
+
+    def phases(self) -> dict[str, dict[str, int]]:
+        """Return the largest instance of each phase."""
+        # Backward, the groups' residuals go one by one, the last group's first.
+        found, saved = [], 0
+        for group in self.plan.groups:
+            saved += self._saved(group)
+            # A block's layers are run again, and all their residuals held.
+            block = group.every * self.kept_bytes(group.kept) if group.every > 1 else 0
+            resident = {"residuals": saved + block} | self._gradients()
+            found.append(("MLP", resident | self._mlp_backward(group)))
+            found.append(("attention", resident | self._attention_backward(group)))
+        found.append(("head", {"residuals": saved} | self._head()))
+        found.append(("update", self._update()))
+        found.sort(key=lambda phase: sum(phase[1].values()))
+        return dict(found)
+
+    def _head(self) -> dict[str, int]:
+        # f32 logits, and their gradient in x's dtype, or f32 where XLA widens it; f32
+        # weights have it in both.
+        logits = 4 + self.wide + (4 if self.w > self.wide else 0)
+        weight = 4 * self._trained("embed" if self.model.tie_embeddings else "lm_head")
+        weight += 4 * self.V * self.D if self.wide > self.w else 0
+        hidden = self.n * (3 * self.a * self.D + 4 * self.H)
+        held = 4 * self._trained("embed", "lm_head") + self._layer_gradients
+        return {
+            "head and loss": hidden + weight + self.C_loss * self.V * logits,
+            "gradients": held if self._accumulates else 0,  # of earlier micro-batches
+        }
+
+    @property
+    def _accumulates(self) -> bool:
+        return self.cfg.train.accumulate > 1
+
+    @property
+    def _layer_gradients(self) -> int:
+        if self.cfg.optim.in_backward:
+            return 0
+        return self._trained("layers") * (4 if self._accumulates else self.w)
+
+    def _gradients(self) -> dict[str, int]:
+        """Whole gradients that exist while the layers are differentiated."""
+        if self._accumulates:
+            rest = 4 * self._trained("embed", "lm_head")
+        elif self.model.tie_embeddings:
+            rest = 4 * self._trained("embed")  # waits for the tokens' part
+        else:  # updated at once, unless the global norm is waited for
+            wide = self.w if self.cfg.optim.in_backward else 4
+            rest = wide * self._trained("lm_head") if self.clips_globally else 0
+            if self.cfg.optim.moment_dtype == "int8":
+                rest += MOMENTS[self.cfg.optim.name] * self._trained("lm_head")
+        return {"gradients": rest + self._layer_gradients}
+
+    @property
+    def _layer(self) -> int:
+        """Weights of a layer, f32 gradients of wo, and narrow moments."""
+        moments = 0
+        optim = self.cfg.optim
+        if optim.in_backward and (
+            optim.moment_dtype != "float32" or optim.state_on_host
+        ):
+            moments = sum(
+                _moments(shape, self.cfg)
+                for name, (_, shape) in parameters(self.model).items()
+                if name.startswith("layers/") and not self._frozen(name)
+            )
+        return self.wide * self.W + 8 * self.NH * self.D + moments
+
+    @property
+    def _sequences(self) -> int:
+        """x, out, lse, dh and RoPE's tables, which both layer phases hold."""
+        token = self.a * (2 * self.D + self.NH) + 4 * (self.N + self.H)
+        return self.n * token
+
+    def _mlp_backward(self, group: LayerGroup) -> dict[str, int]:
+        a, kept, groups = self.a, group.kept, self.plan.head_groups
+        token = 2 * a * self.KH  # dk and dv, or k and v, made early
+        if groups == 1 and "attention" not in kept:
+            token += a * self.NH  # q is there too, from recomputing attention
+        if "mlp_input" in kept:
+            token += a * self.D
+        if "gate_up" in kept:
+            token += 2 * a * self.F
+        if not self.cudnn and groups == 1:  # out in two layouts, dk and dv
+            token += a * (self.NH + 2 * self.KH)
+        # gate, up, the gradient of hidden, and what one kernel makes of them: hidden,
+        # dgate, dup.
+        wide = 4 if "gate_up" in kept else 6
+        chunk = self.C * (wide * self.wide * self.F + 2 * a * self.D)
+        # A single chunk has no sums to add to.
+        sums = 12 * self.D * self.F if self.C < self.n else 0
+        size = self._sequences + self.n * token + chunk + sums + self._layer
+        return {"layer working set": size}
+
+    def _attention_backward(self, group: LayerGroup) -> dict[str, int]:
+        a, groups = self.a, self.plan.head_groups
+        token = a * (3 * self.NH + 4 * self.KH) // groups
+        if groups > 1:
+            token += a * self.NH // groups + 2 * a * self.KH
+        layer = 12 * self.D * self.F + self._layer
+        return {
+            "layer working set": self._sequences + self.n * token + layer,
+            WORKSPACE: self.n * 8 * self.NH // groups if self.cudnn else 0,
+        }
+
+    def _update(self) -> dict[str, int]:
+        """The embedding's update, after all layers."""
+        whole = 0 if self.cfg.optim.in_backward else self._layer_gradients
+        copies = 3 if self.cfg.optim.moment_dtype == "int8" else 1
+        embed = 4 * self._trained("embed") * copies + self.n * self.a * self.D
+        return {"gradients": whole + embed}
+
+
+@cache
+def parameters(model: ModelConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Return {path: (how many, shape)} of all parameters."""
+    D, F, V, L = (
+        model.hidden_size, model.intermediate_size, model.vocab_size, model.num_layers
+    )  # fmt: skip
+    NH, KH = (k * model.head_size for k in (model.num_heads, model.num_kv_heads))
+    layer = {
+        "attention_norm/scale": (D,), "mlp_norm/scale": (D,),
+        "attention/wq": (D, NH), "attention/wk": (D, KH), "attention/wv": (D, KH),
+        "attention/wo": (NH, D),
+        "mlp/w_gate": (D, F), "mlp/w_up": (D, F), "mlp/w_down": (F, D),
+    }  # fmt: skip
+    rest = {"embed/embedding": (V, D), "final_norm/scale": (D,)}
+    if not model.tie_embeddings:
+        rest["lm_head/kernel"] = (D, V)
+    return {f"layers/{name}": (L, shape) for name, shape in layer.items()} | {
+        name: (1, shape) for name, shape in rest.items()
+    }
+
+
+def _moments(shape: tuple[int, ...], cfg: Config) -> int:
+    """Bytes of optimizer state of one parameter."""
+    size, optim = prod(shape), cfg.optim
+    if optim.name == "adafactor":
+        factored = len(shape) > 1 and sorted(shape)[-2] >= 128
+        return 4 * (sum(shape) + 1 if factored else size + 2)
+    count = MOMENTS[optim.name]
+    if optim.moment_dtype == "float32" or len(shape) < 2 or size < 4096:
+        return 4 * size * count
+    if optim.moment_dtype == "bfloat16":
+        return 2 * size * count
+    return count * (size + 4 * prod(shape[:-1]) * -(-shape[-1] // 256))
