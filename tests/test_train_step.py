@@ -1,4 +1,4 @@
-"""The step: exact under chunks, accumulation and sharding; optimizers; rounding."""
+"""The step: exact under sharding; optimizers; rounding."""
 
 import dataclasses
 
@@ -68,26 +68,6 @@ def assert_close(got, want, tolerance=2e-5):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         error = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-12)
         assert error < tolerance, (jax.tree_util.keystr(path), error)
-
-
-@pytest.mark.parametrize("T", [1, 40, 63, 127, 300])
-@pytest.mark.parametrize("tied", [False, True])
-def test_chunked_equals_unchunked(T, tied):
-    model = dataclasses.replace(MODEL, tie_embeddings=tied)
-    batch = make_batch(T=T)
-    plain = config(model, mlp_chunk_size=0, loss_chunk_size=10**6, plan="none")
-    want = gradients(plain, batch)
-    for plan in ("full", "save_attention"):
-        chunked = config(model, mlp_chunk_size=50, loss_chunk_size=33, plan=plan)
-        assert_close(gradients(chunked, batch), want)
-
-
-@pytest.mark.parametrize("A", [2, 3])
-def test_accumulation_weighs_tokens_not_micro_batches(A):
-    batch = make_batch(A=A)
-    whole = {k: v.reshape(1, -1, v.shape[-1]) for k, v in batch.items()}
-    got = gradients(config(accumulate=A), batch)
-    assert_close(got, gradients(config(), whole))
 
 
 def test_all_masked_step_changes_nothing():
