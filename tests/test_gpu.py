@@ -18,7 +18,12 @@ from mst_jax.ops.attention import attention, choose_implementation
 from mst_jax.ops.linear_cross_entropy import linear_cross_entropy
 from mst_jax.ops.swiglu import swiglu
 from mst_jax.sharding import make_mesh
-from mst_jax.train_step import init_train_state, make_gradients, make_train_step
+from mst_jax.train_step import (
+    init_train_state,
+    make_gradients,
+    make_train_step,
+    state_shardings,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -308,3 +313,60 @@ def test_long_train_step_learns():
         assert np.isfinite(float(metrics["grad_norm"])) and metrics["tokens"] == T
     assert abs(losses[0] - np.log(V)) < 1.5  # fresh weights know nothing
     assert losses[0] > losses[1] > losses[2], losses
+
+
+def test_more_than_2_to_the_31_elements():
+    # Llama3-8B's hidden states beyond 524,288 tokens. The ends must be what they are
+    # alone: an index that wraps around reads or writes elsewhere.
+    T, F, V = 2**31 // D + 3000, 512, 1000
+    x = jax.jit(lambda: normal(0, 1, T, D))()
+    weights = [normal(i, *s, scale=0.02) for i, s in enumerate([(D, F)] * 2 + [(F, D)])]
+    head = normal(9, D, V, scale=0.02)
+    assert x.size > 2**31
+
+    @jax.jit
+    def run(x):
+        y, vjp = jax.vjp(lambda x: swiglu(x, *weights, chunk_size=32768), x)
+        labels = jnp.full(x.shape[:2], -100).at[:, -500:].set(7)
+        total, dhidden = jax.value_and_grad(
+            lambda x: linear_cross_entropy(x, head, labels, chunk_size=32768)[0]
+        )(x)
+        return y, *vjp(x), dhidden, total
+
+    *whole, total = run(x)
+    *last, last_total = run(x[:, -600:])
+    *first, _ = run(x[:, :600])
+    assert max(errors([a[:, -600:] for a in whole], last)) < 1e-2
+    assert max(errors([a[:, :600] for a in whole[:2]], first[:2])) < 1e-2
+    assert abs(float(total) / float(last_total) - 1) < 1e-3
+
+
+def test_optimizer_state_on_the_host_changes_nothing():
+    T, model = 2048, two_layers()
+    batch = {k: v[None] for k, v in make_batch(T).items()}
+    found = []
+    for on_host in (False, True):
+        cfg = Config(
+            model=model,
+            data=DataConfig(seq_len=T, batch_size=1),
+            optim=OptimConfig(
+                warmup_steps=0, param_dtype="bfloat16", moment_dtype="int8",
+                in_backward=True, clip="layer", state_on_host=on_host,
+            ),
+            train=TrainConfig(steps=2, plan="offload", head_groups=2),
+        )  # fmt: skip
+        mesh = make_mesh(cfg.mesh)
+
+        def start(cfg=cfg):
+            return init_train_state(cfg, init_params(model, 0))
+
+        shardings = state_shardings(jax.eval_shape(start), mesh, on_host=on_host)
+        state = jax.jit(start, out_shardings=shardings)()
+        step = make_train_step(cfg, model, mesh)
+        for _ in range(2):
+            state, metrics = step(state, batch)
+        codes = [a for a in jax.tree.leaves(state["opt"]["layers"]) if a.ndim > 2]
+        kind = "pinned_host" if on_host else "device"
+        assert {a.sharding.memory_kind for a in codes} == {kind}
+        found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    assert np.allclose(found[0], found[1], rtol=1e-3), found
