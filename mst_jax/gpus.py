@@ -6,9 +6,9 @@ driver reports, peaks and bandwidths are NVIDIA's datasheets'. For every other G
 shares are assumed to be the same and its link is scaled by its PCIe generation.
 
 `target` describes the GPU to the compiler, which then needs none. Only the H200's is a
-device's own; the others are that one with the fields changed that datasheets give. All
-compile with JAX 0.12 and CUDA 13. Memory depends on the compute capability alone: below
-8.0 there are no bf16 tensor cores, and XLA widens every matrix product to f32.
+device's own; the others are that one with the fields changed that datasheets give. Each
+compute capability here compiles with JAX 0.12 and CUDA 13. Memory depends on it alone:
+below 8.0 there are no bf16 tensor cores, and XLA widens every matrix product to f32.
 """
 
 import re

@@ -1,0 +1,380 @@
+"""Predicted memory and speed, the plans chosen from them, `mst-jax plan`.
+
+The last tests hold the predictions against the real step, compiled for a GPU that is
+not there: they need the CUDA plugin (`pip install ".[cuda13]"`).
+"""
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from mst_jax import cli
+from mst_jax.compile_only import compile_step
+from mst_jax.config import (
+    PRESETS,
+    Config,
+    DataConfig,
+    MeshConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from mst_jax.gpus import GPUS, find_gpu
+from mst_jax.gradients import make_plan
+from mst_jax.model import init_params
+from mst_jax.planner import (
+    GIB,
+    GRAIN,
+    PURE,
+    default_budget,
+    fastest_plan,
+    longest_sequence,
+    memory_limit,
+    parse_bytes,
+)
+from mst_jax.prediction import predict
+from mst_jax.train_step import init_train_state
+
+ROOT = Path(__file__).parent.parent
+LLAMA, SMALL = PRESETS["llama3_8b"], PRESETS["llama32_1b"]
+H200 = GPUS["h200"]
+
+
+def config(tokens=65536, *, model=LLAMA, optim=None, **train):
+    """SGD in the backward pass, bf16 weights."""
+    sgd = {"name": "sgd", "param_dtype": "bfloat16", "clip_norm": None}
+    return Config(
+        model=model,
+        data=DataConfig(seq_len=tokens, batch_size=1, tokenizer="x", packing=False),
+        optim=OptimConfig(**{**sgd, "in_backward": True, **(optim or {})}),
+        train=TrainConfig(**train),
+    )
+
+
+# --- predictions ---
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        {"name": "sgd"},
+        {"name": "adamw"},
+        {"name": "adamw", "param_dtype": "float32"},
+        {"name": "adamw", "moment_dtype": "bfloat16"},
+        {"name": "lion", "moment_dtype": "int8"},
+        {"name": "adafactor"},
+        {"name": "adamw", "freeze": ("embed", "layers/mlp")},
+    ],
+)
+@pytest.mark.parametrize("name", ["tiny", "llama32_1b"])
+def test_state_is_the_real_state(name, optim):
+    cfg = config(model=PRESETS[name], optim=optim)
+    state = jax.eval_shape(lambda: init_train_state(cfg, init_params(cfg.model, 0)))
+    real = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    predicted = sum(predict(cfg, cfg.model, H200).state.values())
+    assert predicted == pytest.approx(real, abs=4096)  # counters
+
+
+@pytest.mark.parametrize("plan", PURE)
+def test_memory_and_time_grow_with_the_sequence(plan):
+    steps = [predict(config(t, plan=f"* {plan}"), LLAMA, H200) for t in LENGTHS]
+    for short, long in zip(steps, steps[1:], strict=False):
+        assert short.peak_device < long.peak_device
+        assert short.peak_host <= long.peak_host
+        assert short.step_seconds < long.step_seconds
+        assert short.tokens_per_second > long.tokens_per_second
+
+
+LENGTHS = [2**k for k in range(13, 21)]
+
+
+def test_components_add_up():
+    p = predict(config(plan="save_attention"), LLAMA, H200)
+    assert p.peak_device == sum(p.components.values())
+    residuals = 32 * 65536 * (2 * 2 * 4096 + 4 * 32)
+    assert p.components["residuals"] == residuals
+    assert p.components["parameters"] == 2 * LLAMA.num_params
+    # cuDNN's workspace, 32 KiB a token, is not in a compilation without a device.
+    assert p.phases["attention"]["attention workspace"] == 2**31
+    assert p.peak_compiled < p.peak_device
+
+
+def test_what_is_offloaded_is_on_the_host():
+    saved, offloaded = (
+        predict(config(plan=plan), LLAMA, H200) for plan in ("full", "offload")
+    )
+    assert offloaded.peak_host == 16 * GIB and saved.peak_host == 0
+    assert saved.peak_device - offloaded.peak_device == 16 * GIB
+    assert offloaded.seconds["host link"] > 0
+
+
+def test_groups_of_heads_take_less_memory_and_more_time():
+    one, eight = (
+        predict(config(plan="save_attention", head_groups=g), LLAMA, H200)
+        for g in (1, 8)
+    )
+    attention = [sum(p.phases["attention"].values()) for p in (one, eight)]
+    assert attention[1] < attention[0] - 3 * GIB
+    assert eight.peak_device < one.peak_device
+    assert eight.step_seconds > one.step_seconds
+
+
+def test_update_in_the_backward_pass_holds_no_whole_gradient():
+    one, whole = (
+        predict(config(optim={"in_backward": at_once}), LLAMA, H200)
+        for at_once in (True, False)
+    )
+    layers = 2 * (LLAMA.num_params - 2 * LLAMA.vocab_size * LLAMA.hidden_size)
+    assert whole.peak_device - one.peak_device == pytest.approx(layers, rel=0.01)
+
+
+def test_optimizer_state_on_the_host():
+    device, host = (
+        predict(config(optim={"name": "adamw", "state_on_host": there}), LLAMA, H200)
+        for there in (False, True)
+    )
+    moved = host.peak_host
+    assert moved == pytest.approx(8 * 32 * 218112000, rel=0.01)
+    assert host.state["optimizer state"] + moved == device.state["optimizer state"]
+    assert host.step_seconds > device.step_seconds
+
+
+# (tokens, plan, head groups, update in the backward pass) -> tokens a second, of steps
+# and runs on an H200 in docs/benchmarks.
+MEASURED = {
+    (16384, "save_attention", 1, False): 8203,
+    (32768, "save_attention", 1, False): 6787,
+    (32768, "* save=input+qkv+attention+mlp_input", 1, False): 6927,
+    (65536, "save_attention", 1, False): 5009,
+    (65536, "save_attention", 1, True): 4906,
+    (65536, "save_attention", 8, True): 4778,
+    (65536, "full", 1, True): 4291,
+    (65536, "offload", 1, True): 4250,
+    (65536, "offload", 8, True): 4002,
+}
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_speed_is_that_of_measured_steps(case):
+    tokens, plan, groups, at_once = case
+    optim = {"in_backward": at_once}
+    cfg = config(tokens, plan=plan, head_groups=groups, optim=optim)
+    predicted = predict(cfg, LLAMA, H200).tokens_per_second
+    assert predicted == pytest.approx(MEASURED[case], rel=0.05)
+
+
+def test_long_sequences_are_limited_by_attention_short_ones_by_matrix_products():
+    assert predict(config(4096), LLAMA, H200).limited_by == "matrix products"
+    assert predict(config(2**18), LLAMA, H200).limited_by == "attention"
+
+
+def test_more_than_one_device_is_refused():
+    cfg = dataclasses.replace(
+        config(optim={"in_backward": False}),
+        data=DataConfig(batch_size=2, tokenizer="x"),
+        mesh=MeshConfig(fsdp=2),
+    )
+    with pytest.raises(NotImplementedError, match="one device.*fsdp=2"):
+        predict(cfg, LLAMA, H200)
+
+
+# --- plans ---
+
+
+@pytest.mark.parametrize("gib", [25, 40, 60, 100])
+def test_the_fastest_plan_is_within_the_budget(gib):
+    cfg, p = fastest_plan(config(), LLAMA, H200, gib * GIB, 40 * GIB)
+    assert p.peak_device <= gib * GIB and p.peak_host <= 40 * GIB
+    assert p == predict(cfg, LLAMA, H200)
+    assert sum(group.layers for group in make_plan(cfg, LLAMA).groups) == 32
+
+
+def test_more_memory_is_never_slower():
+    speeds = [
+        fastest_plan(config(), LLAMA, H200, gib * GIB, host * GIB)[1].tokens_per_second
+        for gib, host in ((24, 16), (24, 40), (40, 40), (60, 40), (130, 40))
+    ]
+    assert speeds == sorted(speeds) and speeds[0] < speeds[-1]
+
+
+def test_chunks_are_equal_where_they_can_be():
+    for tokens in (65536, 100000, 782 * 1024):
+        train = fastest_plan(config(tokens), LLAMA, H200, None, 400 * GIB)[0].train
+        assert tokens % train.mlp_chunk_size == tokens % train.loss_chunk_size == 0
+        assert 4096 <= train.mlp_chunk_size <= 16384
+    prime = fastest_plan(config(65537), LLAMA, H200)[0].train
+    assert prime.mlp_chunk_size == 16384
+
+
+def test_a_shorter_last_chunk_costs_a_copy():
+    equal, ragged = (
+        predict(config(t, plan="offload", head_groups=8), LLAMA, H200)
+        for t in (2**20, 2**20 + 1)
+    )
+    copy = sum(ragged.phases["MLP"].values()) - sum(equal.phases["MLP"].values())
+    assert copy == pytest.approx(2 * 4096 * 2**20, rel=0.01)
+
+
+def test_a_mixture_fills_the_memory_between_two_plans():
+    cfg, p = fastest_plan(config(), LLAMA, H200, 40 * GIB, 40 * GIB)
+    assert len(make_plan(cfg, LLAMA).groups) == 2
+    assert p.peak_device > 38 * GIB
+
+
+def test_without_host_memory_nothing_is_offloaded():
+    cfg, p = fastest_plan(config(), LLAMA, H200, 45 * GIB)
+    assert p.peak_host == 0 and not make_plan(cfg, LLAMA).offloads
+
+
+@pytest.mark.parametrize("gpu, host", [("h200", 0), ("a100-80gb", 120)])
+def test_the_longest_sequence_fits_and_a_longer_one_does_not(gpu, host):
+    gpu = GPUS[gpu]
+    cfg, p = longest_sequence(config(), LLAMA, gpu, None, host * GIB)
+    assert cfg.data.seq_len % GRAIN == 0
+    assert p.peak_device <= default_budget(gpu) and p.peak_host <= host * GIB
+    tokens = cfg.data.seq_len + GRAIN
+    with pytest.raises(ValueError, match=f"{tokens} tokens do not fit"):
+        fastest_plan(config(tokens), LLAMA, gpu, None, host * GIB)
+
+
+def test_what_limits_the_length():
+    budget = 40 * GIB, 20 * GIB
+    cfg, _ = longest_sequence(config(), LLAMA, H200, *budget)
+    assert memory_limit(cfg, LLAMA, H200, *budget) == "host memory (20.0 GiB)"
+    budget = 24 * GIB, 400 * GIB
+    cfg, _ = longest_sequence(config(), LLAMA, H200, *budget)
+    assert memory_limit(cfg, LLAMA, H200, *budget) == "device memory (24.0 GiB)"
+
+
+def test_nothing_fits():
+    adamw = {"name": "adamw", "param_dtype": "float32", "in_backward": False}
+    with pytest.raises(ValueError) as caught:
+        longest_sequence(config(optim=adamw), LLAMA, GPUS["a100-80gb"])
+    text = str(caught.value)
+    assert "1024 tokens do not fit NVIDIA A100-SXM4-80GB" in text
+    assert "optimizer state 59.8 GiB" in text and "there are 73.7 GiB" in text
+    for change in (
+        "optim.param_dtype='bfloat16' saves", "optim.in_backward=True saves",
+        "optim.name='adafactor' saves 59.8 GiB", "optim.moment_dtype='int8' saves",
+    ):  # fmt: skip
+        assert change in text, text
+
+
+def test_host_memory_would_make_room():
+    with pytest.raises(ValueError, match="of host memory saves .* then it fits"):
+        fastest_plan(config(), LLAMA, H200, 30 * GIB)
+
+
+# --- names and sizes ---
+
+
+def test_gpus_by_name():
+    assert find_gpu("A100-80GB") is find_gpu("a100_80") is GPUS["a100-80gb"]
+    assert find_gpu("RTX 4090") is find_gpu("4090") is GPUS["rtx-4090"]
+    with pytest.raises(ValueError, match="gpu='V100' is not one of .*a10g"):
+        find_gpu("V100")
+
+
+def test_the_compiler_knows_each_gpu():
+    file = (ROOT / "tests" / "data" / "h200.textproto").read_text()
+    assert H200.target.replace(" minor: 0", "") == file
+    targets = [gpu.target for gpu in GPUS.values()]
+    assert len(set(targets)) == len(GPUS)
+    assert "{ major: 8 minor: 6 }" in GPUS["a10g"].target
+    assert f"device_memory_size: {15 * GIB}" in GPUS["t4"].target
+
+
+def test_sizes():
+    assert parse_bytes("120GiB") == 120 * GIB and parse_bytes("80 GB") == 80 * 10**9
+    assert parse_bytes("1.5MiB") == 3 * 2**19
+    with pytest.raises(ValueError, match="'80'.*120GiB"):
+        parse_bytes("80")
+
+
+# --- the command ---
+
+
+def run(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["mst-jax", "plan", *map(str, args)])
+    return cli.main()
+
+
+def test_command(monkeypatch, capsys, tmp_path):
+    png = tmp_path / "plan.png"
+    recipe = ROOT / "configs" / "llama3_8b.py"
+    status = run(
+        monkeypatch, "--config", recipe, "--gpu", "a100-80gb",
+        "--host-memory", "120GiB", "--out", png,
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert status == 0
+    assert "The longest sequence is" in out and "host memory (120.0 GiB)" in out
+    assert "| tokens | plan | head groups | device GiB | host GiB | tokens/s |" in out
+    assert "--train.plan '" in out and "--data.seq-len" in out
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_command_for_one_length(monkeypatch, capsys, tmp_path):
+    recipe = ROOT / "configs" / "llama3_8b.py"
+    args = ["--config", recipe, "--gpu", "h200", "--out", tmp_path / "x.png"]
+    assert run(monkeypatch, *args, "--seq-len", 65536) == 0
+    out = capsys.readouterr().out
+    assert "The fastest plan for 65536 tokens" in out and "\n| 65536 |" in out
+
+
+def test_command_refuses(monkeypatch, capsys, tmp_path):
+    recipe = ROOT / "configs" / "llama3_8b.py"
+    args = ["--config", recipe, "--gpu", "t4", "--out", tmp_path / "x.png"]
+    assert run(monkeypatch, *args) == 1
+    error = capsys.readouterr().err
+    assert "error: 1024 tokens do not fit Tesla T4" in error
+    assert "saves" in error and not (tmp_path / "x.png").exists()
+
+
+# --- against the compiler ---
+
+PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+needs_plugin = pytest.mark.skipif(
+    not any(importlib.util.find_spec(name) for name in PLUGINS),
+    reason="compiling for a GPU needs the CUDA plugin: pip install '.[cuda13]'",
+)
+
+
+@needs_plugin
+@pytest.mark.parametrize(
+    "gpu, cfg",
+    [
+        ("h200", config(65536, plan="save_attention")),
+        ("h200", config(262144, plan="offload", head_groups=8)),
+        (
+            "a100-40gb",
+            config(
+                32768, model=SMALL, head_groups=2, mlp_chunk_size=4096,
+                plan="8 offload=input; 8 save=input+attention",
+                optim={"name": "adamw", "clip_norm": 1.0, "in_backward": False},
+            ),
+        ),
+        (
+            "t4",
+            config(
+                8192, model=SMALL, plan="full", mlp_chunk_size=2048,
+                loss_chunk_size=1024, optim={"name": "adafactor"},
+            ),
+        ),
+    ],
+    ids=["save_attention", "offload", "mixture", "T4"],
+)  # fmt: skip
+def test_predicted_memory_is_within_5_percent_of_the_compiled(gpu, cfg):
+    compiled = compile_step(cfg, cfg.model, GPUS[gpu])
+    predicted = predict(cfg, cfg.model, GPUS[gpu])
+    assert predicted.peak_compiled == pytest.approx(compiled.device, rel=0.05)
+    assert predicted.peak_host == pytest.approx(compiled.host, rel=0.01)
+
+
+def test_state_on_the_host_is_not_compiled():
+    cfg = config(optim={"name": "adamw", "state_on_host": True})
+    with pytest.raises(NotImplementedError, match="state_on_host=True cannot be"):
+        compile_step(cfg, LLAMA, H200)
