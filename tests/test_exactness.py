@@ -182,7 +182,8 @@ def reference(tied, T, labels):
     return jax.tree.map(lambda *leaves: sum(leaves), *rows)
 
 
-@functools.cache
+# One for each head: hundreds of programs kept would exhaust the process's memory maps.
+@functools.lru_cache(maxsize=len(HEADS))
 def compiled(head, chunks, A):
     """Return gradients(params, tokens, labels [A, B, T]) -> (sum, count, gradients)."""
     model = ModelConfig(
