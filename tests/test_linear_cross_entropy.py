@@ -212,3 +212,32 @@ def test_bad_options(change, message):
 def test_unknown_implementation():
     with pytest.raises(NotImplementedError, match="cuda"):
         linear_cross_entropy(*make(10), implementation="cuda")
+
+
+def test_a_wider_head_is_used_in_the_dtype_of_the_hidden_states():
+    # f32 masters under bf16 activations: bf16 products, an f32 gradient.
+    hidden = jnp.ones((2, 12, 8), jnp.bfloat16)
+    weight = jnp.ones((8, 32), jnp.float32)
+    labels = jnp.zeros((2, 12), jnp.int32)
+
+    def loss(hidden, weight):
+        return linear_cross_entropy(hidden, weight, labels, chunk_size=4)[0]
+
+    gradient = jax.grad(loss, argnums=(0, 1))
+    assert [g.dtype for g in gradient(hidden, weight)] == [jnp.bfloat16, jnp.float32]
+    dots = [
+        eqn
+        for eqn in _equations(jax.make_jaxpr(gradient)(hidden, weight).jaxpr)
+        if eqn.primitive.name == "dot_general"
+    ]
+    assert len(dots) == 3
+    assert all(v.aval.dtype == jnp.bfloat16 for eqn in dots for v in eqn.invars)
+
+
+def _equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)

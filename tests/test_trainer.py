@@ -70,7 +70,9 @@ def recipe(cfg, path):
 def start(cfg, directory):
     """Run train.py on one CPU device in a process of its own."""
     path = recipe(cfg, directory / f"{Path(cfg.out_dir).name}.py")
-    env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    flags = os.environ["XLA_FLAGS"].split()
+    flags = [f for f in flags if not f.startswith("--xla_force_host_platform")]
+    env = {**os.environ, "XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), "--config", str(path)],
         env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -54,7 +54,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: [..., D] activations. The last token axis is the one that is chunked.
-        weight: [D, V] head. If it is not differentiated, its gradient costs nothing.
+        weight: [D, V] head, used in hidden's dtype; its gradient, summed in f32, comes
+            in its own. If it is not differentiated, its gradient costs nothing.
         labels: [...] in [0, V), or `ignore_index`. Any other value gives NaN.
         chunk_size: tokens of a chunk along the last token axis; None keeps a chunk's
             f32 logits below 2 GiB.
@@ -171,11 +172,9 @@ def _flatten(hidden, labels, token_weights, ignore_index):
 
 def _losses(options: _Options, x, weight, labels):
     """[B, C, D] -> f32 logits [B, C, V], lse, label logit and loss [B, C]."""
-    weight = weight.astype(jnp.promote_types(x.dtype, weight.dtype))
     logits = jnp.einsum(
-        "BCD,DV->BCV", x.astype(weight.dtype), weight,
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
+        "BCD,DV->BCV", x, weight.astype(x.dtype), preferred_element_type=jnp.float32
+    )
     if cap := options.logit_softcap:
         logits = cap * jnp.tanh(logits / cap)
     lse = jax.nn.logsumexp(logits, axis=-1)
@@ -190,6 +189,8 @@ def _losses(options: _Options, x, weight, labels):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weighted_sum(options: _Options, x_MBCD, weight, labels_MBC, weights_MBC) -> Any:
+    weight = weight.astype(x_MBCD.dtype)
+
     def body(total, chunk):
         x, labels, weights = chunk
         losses = _losses(options, x, weight, labels)[-1]
@@ -205,7 +206,9 @@ def _masked(losses, weights):
 
 def _forward(options: _Options, x_MBCD, weight, labels_MBC, weights_MBC):
     wants_x, wants_weight = x_MBCD.perturbed, weight.perturbed
-    x_MBCD, weight = x_MBCD.value, weight.value
+    # An empty array carries the dtype in which the weight's gradient is due.
+    dtype = jnp.zeros((0,), weight.value.dtype)
+    x_MBCD, weight = x_MBCD.value, weight.value.astype(x_MBCD.value.dtype)
     D, V = weight.shape
 
     def body(carry, chunk):
@@ -235,8 +238,6 @@ def _forward(options: _Options, x_MBCD, weight, labels_MBC, weights_MBC):
         (jnp.zeros((), jnp.float32), dweight),
         (x_MBCD, labels_MBC.value, weights_MBC.value),
     )
-    # An empty array carries the dtype in which the weight's gradient is due.
-    dtype = jnp.zeros((0,), weight.dtype)
     return total, (dx_MBCD, dweight, dtype, losses_MBC, weights_MBC.value)
 
 
