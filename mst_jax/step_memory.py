@@ -129,11 +129,11 @@ class StepMemory:
         return dict(found)
 
     def _head(self) -> dict[str, int]:
-        # f32 logits, and their gradient in x's dtype, or f32 where XLA widens it; f32
-        # weights have it in both.
-        logits = 4 + self.wide + (4 if self.w > self.wide else 0)
+        # f32 logits, and their gradient in x's dtype, or f32 where XLA widens it. A head
+        # of another dtype than its products has a copy in theirs.
+        logits = 4 + self.wide
         weight = 4 * self._trained("embed" if self.model.tie_embeddings else "lm_head")
-        weight += 4 * self.V * self.D if self.wide > self.w else 0
+        weight += self.wide * self.V * self.D if self.wide != self.w else 0
         hidden = self.n * (3 * self.a * self.D + 4 * self.H)
         held = 4 * self._trained("embed", "lm_head") + self._layer_gradients
         return {
