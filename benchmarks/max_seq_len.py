@@ -12,6 +12,7 @@ import argparse
 import csv
 import datetime
 import json
+import math
 import os
 import platform
 import subprocess
@@ -20,6 +21,10 @@ import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+
+from mst_jax.config import PRESETS, Config, DataConfig, OptimConfig, TrainConfig
+from mst_jax.gpus import GPUS
+from mst_jax.prediction import predict
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -46,7 +51,7 @@ ROWS = [
     Row("80-bf16-100k", "llama3_8b", 102400, 80, 0, "* save=input", moments="bfloat16"),
     Row("80-8bit-150k", "llama3_8b", 153600, 80, 0, "* save=input"),
     Row(
-        "80-host-384k", "llama3_8b", 393216, 80, 98,
+        "80-host-384k", "llama3_8b", 393216, 80, 120,
         "22 offload=input; 10 offload=input save=attention",
     ),
     Row("80-host-450k", "llama3_8b", 460800, 80, 120, "* offload=input"),
@@ -62,19 +67,10 @@ ROWS = [
 ]  # fmt: skip
 
 
-def one(row: Row, steps: int) -> dict:
-    """Compile a row's step, and run it `steps` times; in a process of its own."""
-    import jax
-    import jax.numpy as jnp
-
-    from mst_jax.config import PRESETS, Config, DataConfig, OptimConfig, TrainConfig
-    from mst_jax.model import init_params
-    from mst_jax.sharding import make_mesh
-    from mst_jax.train_step import init_train_state, make_train_step
-
-    model = PRESETS[row.preset]
-    cfg = Config(
-        model=model,
+def config(row: Row) -> Config:
+    """Return the run that a row stands for."""
+    return Config(
+        model=PRESETS[row.preset],
         data=DataConfig(seq_len=row.tokens, batch_size=1, tokenizer="none"),
         optim=OptimConfig(
             name=row.optimizer, moment_dtype=row.moments, param_dtype="bfloat16",
@@ -82,6 +78,18 @@ def one(row: Row, steps: int) -> dict:
         ),
         train=TrainConfig(plan=row.plan, head_groups=row.head_groups),
     )  # fmt: skip
+
+
+def one(row: Row, steps: int) -> dict:
+    """Compile a row's step, and run it `steps` times; in a process of its own."""
+    import jax
+    import jax.numpy as jnp
+
+    from mst_jax.model import init_params
+    from mst_jax.sharding import make_mesh
+    from mst_jax.train_step import init_train_state, make_train_step
+
+    cfg, model = config(row), PRESETS[row.preset]
 
     def start():
         return init_train_state(cfg, init_params(model, 0))
@@ -126,9 +134,11 @@ def one(row: Row, steps: int) -> dict:
 def in_process(row: Row, steps: int, total: float) -> dict:
     """Run `one` in a process whose memory pool is the row's budget."""
     fraction = min(0.97, row.budget / total)
+    # XLA's host pool may take all that it is allowed: allow what the step needs.
+    host = predict(config(row), PRESETS[row.preset], GPUS["h200"]).peak_host / GIB
     env = os.environ | {
         "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{fraction:.4f}",
-        "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": str(row.host or 64),
+        "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": str(max(64, math.ceil(1.02 * host) + 1)),
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]),
     }
     command = [sys.executable, __file__, "--one", row.name, "--steps", str(steps)]
