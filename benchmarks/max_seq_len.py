@@ -71,7 +71,9 @@ def config(row: Row) -> Config:
     """Return the run that a row stands for."""
     return Config(
         model=PRESETS[row.preset],
-        data=DataConfig(seq_len=row.tokens, batch_size=1, tokenizer="none"),
+        data=DataConfig(
+            seq_len=row.tokens, batch_size=1, tokenizer="none", packing=False
+        ),
         optim=OptimConfig(
             name=row.optimizer, moment_dtype=row.moments, param_dtype="bfloat16",
             warmup_steps=0, clip="layer", in_backward=True, learning_rate=1e-4,
