@@ -129,8 +129,8 @@ class StepMemory:
         return dict(found)
 
     def _head(self) -> dict[str, int]:
-        # f32 logits, and their gradient in x's dtype, or f32 where XLA widens it. A head
-        # of another dtype than its products has a copy in theirs.
+        # f32 logits, and their gradient in x's dtype, or f32 where XLA widens it. A
+        # head of another dtype than its products has a copy in theirs.
         logits = 4 + self.wide
         weight = 4 * self._trained("embed" if self.model.tie_embeddings else "lm_head")
         weight += self.wide * self.V * self.D if self.wide != self.w else 0
