@@ -103,7 +103,7 @@ class OptimConfig:
     """Parameters that are not trained: beginnings of their paths, such as 'embed',
     'lm_head', 'layers/attention'."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """float32 masters cast to the compute dtype once a step; bfloat16 weights are
+    """float32 masters cast to the compute dtype layer by layer; bfloat16 weights are
     updated with stochastic rounding, since plain bf16 updates vanish."""
     moment_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     """Of the optimizer's moments: bfloat16 is rounded stochastically, int8 is quantised

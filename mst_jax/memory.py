@@ -14,7 +14,7 @@ import jax
 
 from mst_jax.config import Config, MeshConfig, ModelConfig
 from mst_jax.gpus import GPUS, Gpu
-from mst_jax.planner import fastest_plan, parse_bytes
+from mst_jax.planner import default_budget, fastest_plan, parse_bytes
 from mst_jax.prediction import predict
 
 GIB = 2**30
@@ -108,7 +108,7 @@ def _explanation(cfg: Config, model: ModelConfig, error: str) -> str:
             f"{cfg.train.plan!r}, this process may use {gpu.usable / GIB:.1f} GiB"
         )
         host = int(0.8 * available_host_bytes())
-        better, found = fastest_plan(cfg, model, gpu, int(0.97 * gpu.usable), host)
+        better, found = fastest_plan(cfg, model, gpu, default_budget(gpu), host)
         lines.append(
             f"this fits, in {found.peak_device / GIB:.1f} GiB and "
             f"{found.peak_host / GIB:.1f} GiB of host memory: --train.plan "

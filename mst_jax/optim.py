@@ -83,7 +83,7 @@ def init_state(optimizer: optax.GradientTransformation, params: Any) -> Any:
     """Return optimizer state by top-level name; of `layers`, per layer [L, ...]."""
 
     def init(params):
-        return optimizer.init(_f32(params))
+        return optimizer.init(f32(params))
 
     return {
         name: jax.vmap(init)(p) if name == "layers" else init(p)
@@ -181,7 +181,7 @@ def update_one(
     clip_norm: float | None = None,
 ) -> tuple[Any, Any]:
     """Update one layer's parameters, or one top-level name's: see `update`."""
-    wide = _f32(params)
+    wide = f32(params)
     gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradients)
     if clip_norm is not None:
         factor = jnp.minimum(1, clip_norm / (optax.tree.norm(gradients) + 1e-12))
@@ -223,7 +223,7 @@ def check_frozen(params: Any, freeze: tuple[str, ...]) -> None:
     """Raise ValueError if a path of `freeze` names nothing, or all are frozen."""
     names = [*flatten_dict(params, sep="/")]
     for path in freeze:
-        if not any(_below(name, path) for name in names):
+        if not any(is_below(name, path) for name in names):
             raise ValueError(f"freeze={path!r} names no parameter; there are {names}")
     if not split_frozen(params, freeze)[0]:
         raise ValueError(f"{freeze=} freezes every parameter")
@@ -238,12 +238,13 @@ def split_frozen(params: Any, freeze: tuple[str, ...]) -> tuple[Any, Any]:
     """
     sides: list[dict[str, Any]] = [{}, {}]
     for name, leaf in flatten_dict(params, sep="/").items():
-        sides[any(_below(name, path) for path in freeze)][name] = leaf
+        sides[any(is_below(name, path) for path in freeze)][name] = leaf
     trained, frozen = (unflatten_dict(side, sep="/") for side in sides)
     return trained, frozen
 
 
-def _below(name: str, path: str) -> bool:
+def is_below(name: str, path: str) -> bool:
+    """Whether a parameter's path begins with another, in whole names."""
     return f"{name}/".startswith(f"{path.strip('/')}/")
 
 
@@ -253,5 +254,6 @@ def join_frozen(trained: Any, frozen: Any) -> Any:
     return unflatten_dict(flat, sep="/")
 
 
-def _f32(tree: Any) -> Any:
+def f32(tree: Any) -> Any:
+    """Return the tree in f32."""
     return jax.tree.map(lambda p: p.astype(jnp.float32), tree)

@@ -30,6 +30,7 @@ from mst_jax.gpus import Gpu
 from mst_jax.gradients import layer_chunk_size, make_plan
 from mst_jax.mini_sequence import split_length
 from mst_jax.ops.linear_cross_entropy import loss_chunk_size
+from mst_jax.optim import is_below
 from mst_jax.plan import LayerGroup, Plan
 
 MOMENTS = {"sgd": 0, "adafactor": 0, "lion": 1, "adamw": 2}
@@ -79,8 +80,7 @@ class StepMemory:
         return params, device, host
 
     def _frozen(self, name: str) -> bool:
-        paths = self.cfg.optim.freeze
-        return any(f"{name}/".startswith(f"{path.strip('/')}/") for path in paths)
+        return any(is_below(name, path) for path in self.cfg.optim.freeze)
 
     def _trained(self, *tops: str) -> int:
         """Trained parameters below these names."""

@@ -31,6 +31,7 @@ from mst_jax.loss import next_token_loss
 from mst_jax.model import from_params
 from mst_jax.optim import (
     at,
+    f32,
     init_state,
     join_frozen,
     make_optimizer,
@@ -344,7 +345,7 @@ def _split(params: dict[str, Any]) -> tuple[dict[str, Any], Any]:
 
 
 def _squares(tree: Any) -> jax.Array:
-    leaves = [jnp.sum(jnp.square(a)) for a in jax.tree.leaves(_f32(tree))]
+    leaves = [jnp.sum(jnp.square(a)) for a in jax.tree.leaves(f32(tree))]
     return sum(leaves, jnp.zeros((), jnp.float32))
 
 
@@ -359,10 +360,6 @@ def _all_squares(gradients: Any) -> jax.Array:
             lambda t, total: total + _squares(at(layers, num_layers - 1 - t)), squares,
         )  # fmt: skip
     return squares + _squares(rest.get("embed", {}))
-
-
-def _f32(tree: Any) -> Any:
-    return jax.tree.map(lambda a: a.astype(jnp.float32), tree)
 
 
 def _clip_factor(cfg: Config, norm: jax.Array) -> jax.Array | float:

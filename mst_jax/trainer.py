@@ -85,7 +85,7 @@ class _Run:
         check_divisible(self.model, cfg.mesh)
         shapes = jax.eval_shape(lambda: init_params(self.model, 0))
         check_frozen(shapes, cfg.optim.freeze)
-        self.plan = make_plan(cfg, self.model)
+        make_plan(cfg, self.model)  # refused before any data is read
         self.mesh = make_mesh(cfg.mesh)
         self.checkpoints = Checkpoints(self.out / "checkpoints", keep=cfg.train.keep)
         self._check_same_run()
