@@ -1,4 +1,4 @@
-"""Compile the real train step for a GPU that is not there, and read its memory.
+"""Compile the real train step for a GPU that is not there: its memory, its HLO.
 
 XLA's CUDA compiler needs a description of the GPU, not the GPU: `gpus.Gpu.target`. The
 CUDA plugin must be installed. The compilation runs in a process of its own, since the
@@ -16,7 +16,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,6 +39,8 @@ class Compiled:
     """Results that do not overwrite an argument."""
     host: int
     """What the step allocates in pinned host memory."""
+    hlo: str = field(repr=False)
+    """The optimised program, as text."""
 
     @property
     def device(self) -> int:
@@ -89,13 +91,13 @@ def compile_step(cfg: Config, model: ModelConfig, gpu: Gpu) -> Compiled:
 
 def _main() -> None:
     job = json.load(sys.stdin)
-    memory = _compile(
+    compiled = _compile(
         from_dict(job["config"]), from_dict(job["model"], ModelConfig), GPUS[job["gpu"]]
     )
-    print(json.dumps(memory))
+    print(json.dumps(compiled))
 
 
-def _compile(cfg: Config, model: ModelConfig, gpu: Gpu) -> dict[str, int]:
+def _compile(cfg: Config, model: ModelConfig, gpu: Gpu) -> dict[str, int | str]:
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
@@ -133,6 +135,7 @@ def _compile(cfg: Config, model: ModelConfig, gpu: Gpu) -> dict[str, int]:
         "temporaries": memory.temp_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "host": memory.host_temp_size_in_bytes,
+        "hlo": compiled.as_text(),
     }
 
 
