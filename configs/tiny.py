@@ -16,7 +16,7 @@ def get_config() -> Config:
         data=DataConfig(source="stdlib", tokenizer="bytes", seq_len=512, batch_size=4),
         optim=OptimConfig(learning_rate=3e-3, warmup_steps=10),
         train=TrainConfig(
-            steps=500, compute_dtype="float32", mlp_chunk_size=256,
+            steps=500, compute_dtype="float32", mlp_chunk_size=128,
             loss_chunk_size=128, eval_every=100, eval_batches=16, save_every=100,
         ),
     )  # fmt: skip

@@ -16,7 +16,7 @@ from mst_jax.ops.attention import (
     choose_implementation,
     reference_attention,
 )
-from mst_jax.ops.attention.xla import _Mask, flash_backward, flash_forward
+from mst_jax.ops.attention.xla import _Mask, _mask, flash_backward, flash_forward
 
 
 def make(T, N=2, K=1, H=16, B=2, dtype=jnp.float32):
@@ -238,6 +238,18 @@ def test_no_quadratic_buffer():
         c.memory_analysis().temp_size_in_bytes for c in (gradient, compiled(2 * T))
     ]
     assert sizes[1] < 2.1 * sizes[0], sizes
+
+
+@pytest.mark.parametrize(
+    "T, block", [(1, 16), (40, 48), (512, 128), (1000, 256), (2048, 512), (65536, 512)]
+)
+def test_no_block_is_longer_than_a_quarter_of_a_sequence(T, block):
+    # At 512 tokens one block was the whole T x T array, half of it masked.
+    found, pad = _mask(jax.ShapeDtypeStruct((1, T, 1, 8), "float32"), None, {
+        "causal": True, "window": None, "softcap": None,
+    })  # fmt: skip
+    assert found.block == block and (T + pad) % block == 0 and pad < block
+    assert block <= 128 or block <= T // 4 + 16
 
 
 def pairs(segments, block, causal=True, window=None):

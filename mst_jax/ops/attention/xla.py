@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-BLOCK = 512
-"""Queries and keys of a block: 32 heads of scores in f32 are 32 MiB."""
+BLOCKS = 128, 512
+"""Fewest and most queries and keys of a block: 32 heads of scores in f32 are 2 and 32
+MiB. A quarter of the length in between, so that causal skips most of its empty half."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class _Mask:
         return jnp.where(mask[:, None, None], s, -jnp.inf)
 
 
-def flash_forward(q, k, v, segment_ids, *, block=BLOCK, **options):
+def flash_forward(q, k, v, segment_ids, *, block=None, **options):
     """Return (out, logsumexp).
 
     Args:
@@ -65,7 +66,7 @@ def flash_forward(q, k, v, segment_ids, *, block=BLOCK, **options):
         k: [B, T, K, H], like v.
         v: the values.
         segment_ids: [B, T] or None.
-        block: queries and keys of a block.
+        block: queries and keys of a block; None for a quarter of T within `BLOCKS`.
         **options: causal, window, softcap.
 
     Returns:
@@ -78,7 +79,7 @@ def flash_forward(q, k, v, segment_ids, *, block=BLOCK, **options):
     return _tokens_first(out, T), lse.reshape(B, N, -1)[..., :T]
 
 
-def flash_backward(q, k, v, segment_ids, out, lse, d_out, *, block=BLOCK, **options):
+def flash_backward(q, k, v, segment_ids, out, lse, d_out, *, block=None, **options):
     """Return (dq, dk, dv) from what `flash_forward` took and returned."""
     T = q.shape[1]
     mask, pad = _mask(q, block, options)
@@ -93,7 +94,9 @@ def flash_backward(q, k, v, segment_ids, out, lse, d_out, *, block=BLOCK, **opti
 
 def _mask(q, block, options):
     T = q.shape[1]
-    block = min(block, -(-T // 16) * 16)
+    if block is None:
+        block = min(max(16 * -(-T // 64), BLOCKS[0]), BLOCKS[1])
+    block = min(block, 16 * -(-T // 16))
     return _Mask(T, block, **options), -T % block
 
 
