@@ -1,36 +1,31 @@
-"""LM head and cross entropy over token chunks, gradients in the forward pass.
+"""LM head and cross entropy over token chunks: one signature, XLA or Mosaic GPU.
 
     logits = softcap(hidden @ weight)          [T, V], one chunk [C, V] at a time
     loss_t = lse_t - (1 - s) logits[t, y_t] - s mean_v logits[t, v] + z lse_t^2
 
-The loss is a sum, so its gradient is known as soon as a chunk's logits are: the forward
-scan turns them into dlogits, adds x^T dlogits to an f32 weight gradient and keeps
-dlogits W^T. That is three matrix products; differentiating a recomputing scan
-needs four. Memory: O(T V) -> O(C V), and [D, V] in f32 for the gradient.
+The loss is a sum, so its gradient is known as soon as a chunk's logits are: `chunks.py`
+computes it in the forward pass. Memory: O(T V) -> O(C V), and [D, V] in f32 for the
+gradient.
 
 Luo et al. 2024 (arXiv 2407.15892) chunk the head; Liger Kernel (arXiv 2410.10989) and
 Cut Cross-Entropy (arXiv 2411.09009) compute gradients in the forward pass.
 """
 
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from mst_jax.mini_sequence import mini_sequence, split_length, to_chunks
+from mst_jax.ops.linear_cross_entropy import mosaic_gpu, xla
+from mst_jax.ops.linear_cross_entropy.chunks import weighted_sum
+from mst_jax.ops.linear_cross_entropy.xla import Options
 
 LOGITS_BYTES = 2**31
-"""Budget of one chunk's f32 logits when no chunk size is given."""
-
-
-@dataclass(frozen=True)
-class _Options:
-    z_loss: float
-    logit_softcap: float | None
-    label_smoothing: float
+"""Budget of one chunk's logits when no chunk size is given."""
+MOSAIC_GPU_BY_DEFAULT = False
+"""Whether None means 'mosaic_gpu' wherever it can run. Not yet: it is not measured."""
 
 
 def linear_cross_entropy(
@@ -58,13 +53,14 @@ def linear_cross_entropy(
             in its own. If it is not differentiated, its gradient costs nothing.
         labels: [...] in [0, V), or `ignore_index`. Any other value gives NaN.
         chunk_size: tokens of a chunk along the last token axis; None keeps a chunk's
-            f32 logits below 2 GiB.
+            logits below 2 GiB: f32 in XLA, two bytes each in Mosaic GPU.
         ignore_index: label of tokens that do not count.
         token_weights: [...] factors of the tokens' losses, 1 if None. Differentiable.
         z_loss: factor z of lse^2 (PaLM, arXiv 2204.02311).
         logit_softcap: logits become cap * tanh(logits / cap) (Gemma 2).
         label_smoothing: s, as in torch.nn.functional.cross_entropy.
-        implementation: 'xla' or None for the fastest that there is.
+        implementation: 'xla', 'mosaic_gpu' (Hopper, bf16), or None for
+            `choose_implementation`'s.
 
     Returns:
         (sum of weight * loss, sum of weight) over the tokens that count, f32. Both 0
@@ -72,7 +68,7 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: shapes that do not fit, or an option outside its range.
-        NotImplementedError: an implementation that does not exist.
+        NotImplementedError: 'mosaic_gpu' where it cannot, or an unknown implementation.
     """
     options = _check(
         hidden, weight, labels, token_weights,
@@ -80,14 +76,15 @@ def linear_cross_entropy(
     )  # fmt: skip
     hidden, labels, weights = _flatten(hidden, labels, token_weights, ignore_index)
     B, T, _ = hidden.shape
-    num_chunks, size = split_length(
-        T, chunk_size or loss_chunk_size(B, weight.shape[1])
-    )
+    if chunk_size is None:
+        itemsize = 2 if options.implementation == "mosaic_gpu" else 4
+        chunk_size = loss_chunk_size(B, weight.shape[1], itemsize)
+    num_chunks, size = split_length(T, chunk_size)
     pad = num_chunks * size - T
     weights = jnp.pad(weights, ((0, 0), (0, pad)))
     chunks = to_chunks((hidden, labels), num_chunks, size, 1)
     weights = to_chunks(weights, num_chunks, size, 1)
-    total = _weighted_sum(options, chunks[0], weight, chunks[1], weights)
+    total = weighted_sum(options, chunks[0], weight, chunks[1], weights)
     return cast(jax.Array, total), weights.sum()
 
 
@@ -105,7 +102,7 @@ def token_log_probs(
     """Return each token's loss and its label's log-probability, without whole logits.
 
     For preference and policy losses, which weigh tokens by what is only known later:
-    the backward pass recomputes the logits (four matrix products).
+    the backward pass recomputes the logits (four matrix products). In XLA.
 
     Args:
         hidden: [..., D] activations.
@@ -120,14 +117,16 @@ def token_log_probs(
         ValueError: as `linear_cross_entropy`.
     """
     options = _check(
-        hidden, weight, labels, None, z_loss, logit_softcap, label_smoothing, None
+        hidden, weight, labels, None, z_loss, logit_softcap, label_smoothing, "xla"
     )
     shape = labels.shape
     hidden, labels, weights = _flatten(hidden, labels, None, ignore_index)
 
     def chunk(weight, x):
         hidden, labels, weights = x
-        _, lse, label_logit, losses = _losses(options, hidden, weight, labels)
+        _, lse, label_logit, losses = xla.logits_and_losses(
+            options, hidden, weight, labels
+        )
         keep = weights > 0
         return jnp.where(keep, losses, 0), jnp.where(keep, label_logit - lse, 0)
 
@@ -138,14 +137,45 @@ def token_log_probs(
     return losses.reshape(shape), log_probs.reshape(shape)
 
 
-def loss_chunk_size(batch: int, vocab_size: int) -> int:
-    """Return the tokens a sequence whose f32 logits, times batch, fill the budget."""
-    return max(1, LOGITS_BYTES // (4 * batch * vocab_size))
+def loss_chunk_size(batch: int, vocab_size: int, itemsize: int = 4) -> int:
+    """Return the tokens a sequence whose logits, times batch, fill the budget."""
+    return max(1, LOGITS_BYTES // (itemsize * batch * vocab_size))
+
+
+def choose_implementation(
+    width: int,
+    dtype,
+    *,
+    logit_softcap: float | None = None,
+    label_smoothing: float = 0.0,
+) -> tuple[str, str]:
+    """Return ('xla' or 'mosaic_gpu', why), as `linear_cross_entropy` chooses here.
+
+    Args:
+        width: D of the hidden states.
+        dtype: of the hidden states.
+        logit_softcap: as in `linear_cross_entropy`.
+        label_smoothing: as in `linear_cross_entropy`.
+    """
+    if not MOSAIC_GPU_BY_DEFAULT:
+        return "xla", "'mosaic_gpu' is not the default yet"
+    options = Options(0.0, logit_softcap, label_smoothing, "mosaic_gpu")
+    obstacle = mosaic_gpu.obstacle(options, width, dtype) or _device_obstacle()
+    return ("xla", obstacle) if obstacle else ("mosaic_gpu", "this GPU has it")
+
+
+def _device_obstacle() -> str | None:
+    if jax.default_backend() != "gpu":
+        return f"there is no GPU ({jax.default_backend()})"
+    capability = jax.local_devices()[0].compute_capability
+    if capability != "9.0":
+        return f"compute capability {capability} is not 9.0 (Hopper)"
+    return None
 
 
 def _check(
     hidden, weight, labels, token_weights, z_loss, softcap, smoothing, implementation
-) -> _Options:
+) -> Options:
     if hidden.ndim < 2 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[0]:
         raise ValueError(f"{hidden.shape=} must be [..., D] and {weight.shape=} [D, V]")
     if labels.shape != hidden.shape[:-1]:
@@ -156,9 +186,21 @@ def _check(
         raise ValueError(f"logit_softcap={softcap} must be positive or None")
     if not 0 <= smoothing < 1:
         raise ValueError(f"label_smoothing={smoothing} must be in [0, 1)")
-    if implementation not in (None, "xla"):
-        raise NotImplementedError(f"{implementation=}: there is only 'xla'")
-    return _Options(z_loss, softcap, smoothing)
+    D, dtype = hidden.shape[-1], hidden.dtype
+    if implementation is None:
+        implementation, _ = choose_implementation(
+            D, dtype, logit_softcap=softcap, label_smoothing=smoothing
+        )
+    if implementation not in ("xla", "mosaic_gpu"):
+        raise NotImplementedError(f"{implementation=} is not 'xla' or 'mosaic_gpu'")
+    options = Options(z_loss, softcap, smoothing, implementation)
+    if implementation == "mosaic_gpu":
+        obstacle = mosaic_gpu.obstacle(options, D, dtype) or _device_obstacle()
+        if obstacle:
+            raise NotImplementedError(
+                f"implementation='mosaic_gpu': {obstacle}; use 'xla'"
+            )
+    return options
 
 
 def _flatten(hidden, labels, token_weights, ignore_index):
@@ -168,89 +210,3 @@ def _flatten(hidden, labels, token_weights, ignore_index):
         weights = jnp.where(weights > 0, token_weights.astype(jnp.float32), 0)
     labels = jnp.where(labels == ignore_index, 0, labels)
     return hidden.reshape(-1, T, D), labels.reshape(-1, T), weights.reshape(-1, T)
-
-
-def _losses(options: _Options, x, weight, labels):
-    """[B, C, D] -> f32 logits [B, C, V], lse, label logit and loss [B, C]."""
-    logits = jnp.einsum(
-        "BCD,DV->BCV", x, weight.astype(x.dtype), preferred_element_type=jnp.float32
-    )
-    if cap := options.logit_softcap:
-        logits = cap * jnp.tanh(logits / cap)
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    label_logit = jnp.take_along_axis(logits, labels[..., None], -1, mode="fill")[
-        ..., 0
-    ]
-    loss = lse - (1 - options.label_smoothing) * label_logit
-    if options.label_smoothing:
-        loss -= options.label_smoothing * logits.mean(-1)
-    return logits, lse, label_logit, loss + options.z_loss * lse**2
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted_sum(options: _Options, x_MBCD, weight, labels_MBC, weights_MBC) -> Any:
-    weight = weight.astype(x_MBCD.dtype)
-
-    def body(total, chunk):
-        x, labels, weights = chunk
-        losses = _losses(options, x, weight, labels)[-1]
-        return total + _masked(losses, weights).sum(), None
-
-    zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(body, zero, (x_MBCD, labels_MBC, weights_MBC))[0]
-
-
-def _masked(losses, weights):
-    return jnp.where(weights == 0, 0, losses * weights)
-
-
-def _forward(options: _Options, x_MBCD, weight, labels_MBC, weights_MBC):
-    wants_x, wants_weight = x_MBCD.perturbed, weight.perturbed
-    # An empty array carries the dtype in which the weight's gradient is due.
-    dtype = jnp.zeros((0,), weight.value.dtype)
-    x_MBCD, weight = x_MBCD.value, weight.value.astype(x_MBCD.value.dtype)
-    D, V = weight.shape
-
-    def body(carry, chunk):
-        total, dweight = carry
-        x, labels, weights = chunk
-        logits, lse, _, losses = _losses(options, x, weight, labels)
-        one_hot = labels[..., None] == jnp.arange(V)
-        dlogits = jnp.exp(logits - lse[..., None])
-        dlogits *= (1 + 2 * options.z_loss * lse)[..., None]
-        smoothing = options.label_smoothing
-        dlogits -= jnp.where(one_hot, 1 - smoothing, 0) + smoothing / V
-        if cap := options.logit_softcap:
-            dlogits *= 1 - (logits / cap) ** 2
-        dlogits = jnp.where(weights[..., None] == 0, 0, dlogits * weights[..., None])
-        dlogits = dlogits.astype(x.dtype)
-        dx = jnp.einsum("BCV,DV->BCD", dlogits, weight) if wants_x else None
-        if wants_weight:
-            dweight += jnp.einsum(
-                "BCD,BCV->DV", x, dlogits, preferred_element_type=jnp.float32
-            )
-        dx = None if dx is None else dx.astype(x.dtype)
-        return (total + _masked(losses, weights).sum(), dweight), (dx, losses)
-
-    dweight = jnp.zeros((D, V), jnp.float32) if wants_weight else None
-    (total, dweight), (dx_MBCD, losses_MBC) = jax.lax.scan(
-        body,
-        (jnp.zeros((), jnp.float32), dweight),
-        (x_MBCD, labels_MBC.value, weights_MBC.value),
-    )
-    return total, (dx_MBCD, dweight, dtype, losses_MBC, weights_MBC.value)
-
-
-def _backward(options: _Options, residuals: Any, g):
-    del options
-    dx_MBCD, dweight, dtype, losses_MBC, weights_MBC = residuals
-    if dx_MBCD is not None:
-        dx_MBCD = (g * dx_MBCD).astype(dx_MBCD.dtype)
-    if dweight is not None:
-        # Without the barrier XLA keeps the f32 sum alive until the update and casts it
-        # there: 1 GiB more at the peak for Llama3-8B.
-        dweight = jax.lax.optimization_barrier((g * dweight).astype(dtype.dtype))
-    return dx_MBCD, dweight, None, g * jnp.where(weights_MBC == 0, 0, losses_MBC)
-
-
-_weighted_sum.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -1,0 +1,407 @@
+"""One chunk of the LM head's loss in Mosaic GPU kernels, for Hopper and bf16.
+
+    logits kernel      l = x W in f32 accumulators; per row and tile t of 256 columns
+                       r_t = max l - 15 ln 2,  s_t = sum exp(l - r_t);
+                       p = exp(l - r_t) in f16
+    gradient kernel    p -> dlogits, over the same memory, in bf16
+
+Logits are never in memory. With lse = log sum_t s_t exp(r_t), as from f32 logits,
+
+    dlogits = p * (a exp(r_t - lse)) - b        a, b: f32, one of each a row
+
+p is at most 2^15 and has f16's 11 significant bits down to 2^-29 of the tile's maximum.
+Its rounding adds 1/64 to the variance of the rounding to bf16 that every implementation
+does. bf16 logits would add an error that grows with |logit|; f32 logits cost twice the
+memory. The label's own entry, where 1 is subtracted, comes from the f32 logit.
+
+Statistics are [tiles, rows]: a tile's rows lie together. Memory: 2 C V bytes, and 12 to
+16 C V / 256 of statistics. Rows and columns beyond C and V are TMA's: read as zero,
+not written.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mst_jax.ops.linear_cross_entropy.xla import Options
+
+TILE_N = 256
+"""Columns of a tile of statistics."""
+PART_N = 64
+"""Columns that move through shared memory at once: 128 bytes, the widest swizzle."""
+GRADIENT_M = 64
+"""Rows of a thread block of the gradient kernel."""
+LN2 = 0.6931471805599453
+SHIFT = 15 * LN2
+FINITE_MIN = -1e30
+"""Stands in for the maximum of a tile that is all -inf."""
+OLDEST_JAX = (0, 11, 2)
+H200_SMS = 132
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Tiles of the logits kernel: two compute warpgroups, one above the other."""
+
+    wg_tile_m: int = 64
+    """Rows of one warpgroup."""
+    tile_k: int = 64
+    """Columns of x that a step of the pipeline loads."""
+    stages: int = 4
+    """Steps in shared memory at once."""
+    cluster: int = 2
+    """Thread blocks that share a tile of W; each has its own rows."""
+    grid_tile_width: int = 8
+    """Clusters of rows that are walked before the next tile of W."""
+
+    def __post_init__(self):
+        if self.wg_tile_m % 64 or self.tile_k % 64 or self.cluster not in (1, 2):
+            raise ValueError(f"{self}: wg_tile_m, tile_k % 64, cluster of 1 or 2")
+        if self.stages < 2:
+            raise ValueError(f"{self.stages=} must be at least 2")
+
+    @property
+    def cta_tile_m(self) -> int:
+        """Rows of one thread block."""
+        return 2 * self.wg_tile_m
+
+    @property
+    def cluster_tile_m(self) -> int:
+        """Rows of one cluster."""
+        return self.cluster * self.cta_tile_m
+
+
+def obstacle(options: Options, width: int, dtype) -> str | None:
+    """Return why the kernels cannot compute this loss, whatever the GPU, or None."""
+    if jax.__version_info__ < OLDEST_JAX:
+        return f"JAX {jax.__version__} is older than 0.11.2"
+    if dtype != jnp.bfloat16:
+        return f"takes bfloat16, not {dtype}"
+    if width % 8:
+        return f"D={width} is no multiple of 8"
+    if options.logit_softcap and options.label_smoothing:
+        return "has no label smoothing together with a softcap"
+    return None
+
+
+def prepare(weight):
+    """[D, V] -> [D, V rounded up to 8]: TMA's rows are multiples of 16 bytes."""
+    return jnp.pad(weight, ((0, 0), (0, -weight.shape[1] % 8)))
+
+
+def chunk_losses(options: Options, x, weight, labels, vocab_size: int):
+    """[B, C, D] -> losses [B, C], f32, with no more than statistics in memory."""
+    rows, flat = labels.size, labels.reshape(-1)
+    statistics = logits_kernel(
+        x.reshape(rows, -1), weight, flat, vocab_size, options, write=False
+    )
+    losses = _losses(options, statistics, flat, vocab_size)[0]
+    return losses[:rows].reshape(labels.shape)
+
+
+def chunk_gradients(
+    options: Options, x, weight, labels, weights, dweight, wants_x, vocab_size: int
+):
+    """Return (losses [B, C], dx [B, C, D], dweight with this chunk's added).
+
+    dweight of None stays None, and dx is None unless `wants_x`.
+    """
+    shape, x = x.shape, x.reshape(-1, x.shape[-1])
+    flat = labels.reshape(-1)
+    *statistics, p = logits_kernel(x, weight, flat, vocab_size, options, write=True)
+    losses, lse, label_logit, labels_padded = _losses(
+        options, statistics, flat, vocab_size
+    )
+    pad = lse.shape[0] - flat.shape[0]
+    weights = jnp.pad(weights.reshape(-1), (0, pad))
+    coefficients = _coefficients(
+        options, statistics[0], lse, label_logit, weights, vocab_size
+    )
+    p_ref = jax.new_ref(p)
+    gradient_kernel(p_ref, *coefficients, labels_padded)
+    dlogits = jax.freeze(p_ref)
+    dx = jnp.einsum("CV,DV->CD", dlogits, weight) if wants_x else None
+    if dweight is not None:
+        dweight += jnp.einsum(
+            "CD,CV->DV", x, dlogits, preferred_element_type=jnp.float32
+        )
+    dx = None if dx is None else dx.reshape(shape)
+    return losses[: flat.shape[0]].reshape(labels.shape), dx, dweight
+
+
+def _losses(options: Options, statistics, labels, vocab_size: int):
+    """Statistics [t, R], labels [C] -> losses, lse, label logits, labels [R]."""
+    r, s, label_logits, *sums = statistics
+    labels = jnp.pad(labels, (0, r.shape[1] - labels.shape[0]))
+    valid = (labels >= 0) & (labels < vocab_size)
+    tile = jnp.where(valid, labels // TILE_N, 0)
+    top = r.max(0)
+    lse = top + jnp.log((s * jnp.exp(r - top)).sum(0))
+    label_logit = jnp.take_along_axis(label_logits, tile[None], 0)[0]
+    label_logit = jnp.where(valid, label_logit, jnp.nan)
+    loss = lse - (1 - options.label_smoothing) * label_logit
+    if options.label_smoothing:
+        loss -= options.label_smoothing / vocab_size * sums[0].sum(0)
+    # Not the labels as they are: XLA would put their slice into one fusion with the
+    # gradient kernel, and that fusion no longer says that it works in place.
+    labels = jnp.where(valid, labels, -1)
+    return loss + options.z_loss * lse**2, lse, label_logit, labels
+
+
+def _coefficients(options: Options, r, lse, label_logit, weights, vocab_size: int):
+    """Return scale [t, R], smooth [R], the label's own dlogits [R]; 0 at weight 0."""
+    smoothing = options.label_smoothing
+    slope = 1 + 2 * options.z_loss * lse
+    scale = weights * slope * jnp.exp(r - lse)
+    smooth = weights * (smoothing / vocab_size)
+    at_label = weights * (slope * jnp.exp(label_logit - lse) - (1 - smoothing)) - smooth
+    if cap := options.logit_softcap:
+        at_label *= 1 - (label_logit / cap) ** 2
+    return [jnp.where(weights == 0, 0, a) for a in (scale, smooth, at_label)]
+
+
+def logits_kernel(
+    x, weight, labels, vocab_size: int, options: Options, *, write: bool,
+    tiles: Tiles = Tiles(),
+):  # fmt: skip
+    """Return r, s, label logits and, with smoothing, sums [t, R]; p [C, V] if `write`.
+
+    R is C rounded up to clusters. A label logit is there in its own tile alone, and
+    nothing elsewhere. p holds f16 in bf16's dtype, times the softcap's derivative.
+
+    Args:
+        x: [C, D] bf16.
+        weight: [D, V] bf16, V a multiple of 8.
+        labels: [C].
+        vocab_size: columns of weight that count.
+        options: of the loss.
+        write: whether p is wanted.
+        tiles: of the kernel.
+    """
+    # Here and not above: on a CPU nothing else needs Mosaic.
+    import jax.experimental.pallas as pl
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    C, D = x.shape
+    V = weight.shape[1]
+    softcap, smoothing = options.logit_softcap, options.label_smoothing
+    wg_m, cta_m, tile_k = tiles.wg_tile_m, tiles.cta_tile_m, tiles.tile_k
+    m_iters, n_iters = pl.cdiv(C, tiles.cluster_tile_m), pl.cdiv(V, TILE_N)
+    k_iters = pl.cdiv(D, tile_k)
+    rows = m_iters * tiles.cluster_tile_m
+    has_tail = vocab_size % TILE_N != 0
+    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    by_row = plgpu.Layout.WGMMA.reduce(1)
+    labels = jnp.pad(labels, (0, rows - C), constant_values=-1)
+    hit = _hits(labels, wg_m, n_iters)
+    statistic = jax.ShapeDtypeStruct((n_iters, rows), jnp.float32)
+    out_type = [statistic] * (4 if smoothing else 3)
+    if write:
+        out_type.append(jax.ShapeDtypeStruct((C, V), jnp.bfloat16))
+
+    def logits_kernel(x_gmem, w_gmem, labels_gmem, hit_gmem, *outs):
+        r_gmem, s_gmem, label_gmem, *outs = outs
+        sum_gmem = outs.pop(0) if smoothing else None
+        p_gmem = outs.pop(0) if write else None
+
+        def pipeline(step, compute_context):
+            def spec(shape, index_map, shared):
+                shared = shared and tiles.cluster > 1
+                return plgpu.BlockSpec(
+                    shape, index_map, transforms=swizzled, memory_space=plgpu.SMEM,
+                    delay_release=1, collective_axes=("cluster",) if shared else (),
+                )  # fmt: skip
+
+            return plgpu.emit_pipeline_warp_specialized(
+                step,
+                grid=(k_iters,),
+                memory_registers=40,
+                in_specs=[
+                    spec((cta_m, tile_k), lambda k: (0, k), shared=False),
+                    spec((tile_k, TILE_N), lambda k: (k, 0), shared=True),
+                ],
+                wg_axis="wg",
+                num_compute_wgs=2,
+                max_concurrent_steps=tiles.stages,
+                compute_context=compute_context,
+            )
+
+        def nothing(*_, **__):
+            return None
+
+        @partial(
+            pl.run_scoped,
+            allocations=pipeline(nothing, nothing).get_allocations(x_gmem, w_gmem),
+            p_smem=plgpu.SMEM((2, 2, wg_m, PART_N), jnp.bfloat16, transforms=swizzled),
+            collective_axes="wg",
+        )
+        def _scope(allocations, p_smem):
+            wg, cta = lax.axis_index("wg"), lax.axis_index("cluster")
+
+            @plgpu.nd_loop((m_iters * n_iters,), collective_axes="cluster_grid")
+            def _tile(info):
+                mc, ni = plgpu.planar_snake(
+                    info.index[0], (m_iters, n_iters), 0, tiles.grid_tile_width
+                )
+                mi = mc * tiles.cluster + cta
+                wg_rows = pl.ds(pl.multiple_of(mi * cta_m + wg * wg_m, wg_m), wg_m)
+                column0 = ni * TILE_N
+
+                def compute(run):
+                    epilogue(
+                        pl.run_scoped(
+                            lambda acc_ref: (run(acc_ref), acc_ref[...])[1],
+                            plgpu.ACC((wg_m, TILE_N), jnp.float32),
+                        )
+                    )
+
+                def epilogue(logits):
+                    if softcap:
+                        logits = softcap * jnp.tanh(logits * (1 / softcap))
+                    column = plgpu.broadcasted_iota(
+                        jnp.int32, (wg_m, TILE_N), 1, layout=plgpu.Layout.WGMMA
+                    )
+                    counts = column < vocab_size - column0
+                    if smoothing:
+                        kept = jnp.where(counts, logits, 0.0) if has_tail else logits
+                        sum_gmem[ni, wg_rows] = kept.sum(1)
+                    if has_tail:
+                        logits = jnp.where(counts, logits, -jnp.inf)
+                    r = jnp.maximum(logits.max(1), FINITE_MIN) - SHIFT
+                    r_gmem[ni, wg_rows] = r
+
+                    @pl.when(hit_gmem[mi * 2 + wg, ni] != 0)
+                    def _label():
+                        label = plgpu.load(
+                            labels_gmem.at[wg_rows], layout=by_row, optimized=False
+                        )
+                        label = lax.broadcast_in_dim(
+                            label - column0, (wg_m, TILE_N), (0,)
+                        )
+                        own = jnp.where(column == label, logits, 0.0)
+                        label_gmem[ni, wg_rows] = own.sum(1)
+
+                    total = None
+                    r = lax.broadcast_in_dim(r, (wg_m, PART_N), (0,))
+                    for i in range(TILE_N // PART_N):
+                        part = logits[:, i * PART_N : (i + 1) * PART_N]
+                        p = jnp.exp2((part - r) * (1 / LN2))
+                        total = p.sum(1) if total is None else total + p.sum(1)
+                        if write:
+                            if softcap:
+                                c = part * (1 / softcap)
+                                p *= jnp.maximum(1 - c * c, 0.0)  # c of -inf: 0
+                            store(p, i)
+                    s_gmem[ni, wg_rows] = total
+
+                def store(p, i):
+                    slot = p_smem.at[wg, i % 2]
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                    p = p.astype(jnp.float16)
+                    slot[...] = lax.bitcast_convert_type(p, jnp.bfloat16)
+                    plgpu.commit_smem()
+                    columns = pl.ds(column0 + i * PART_N, PART_N)
+                    plgpu.copy_smem_to_gmem(slot, p_gmem.at[wg_rows, columns])
+
+                def step(_, x_smem, w_smem, acc_ref):
+                    plgpu.wgmma(acc_ref, x_smem.at[pl.ds(wg * wg_m, wg_m)], w_smem)
+                    plgpu.wgmma_wait(1)
+                    return acc_ref
+
+                pipeline(step, compute)(
+                    x_gmem.at[pl.ds(mi * cta_m, cta_m), :],
+                    w_gmem.at[:, pl.ds(column0, TILE_N)],
+                    allocations=allocations,
+                )
+
+        plgpu.wait_smem_to_gmem(0)
+
+    clusters = min(m_iters * n_iters, _num_sms() // tiles.cluster)
+    return plgpu.kernel(
+        logits_kernel,
+        out_type=tuple(out_type),
+        grid=(clusters,),
+        grid_names=("cluster_grid",),
+        cluster=(tiles.cluster,),
+        cluster_names=("cluster",),
+        num_threads=3,
+        thread_name="wg",
+        # Hopper's approximate tanh has an error of 2^-11; its exp2 has one of 2^-22.
+        compiler_params=plgpu.CompilerParams(approx_math=not softcap),
+    )(x, weight, labels, hit)
+
+
+def _hits(labels, rows: int, n_iters: int):
+    """Return int32 [R / rows, t]: whether a row of the block has its label there."""
+    tile = jnp.where(labels < 0, n_iters, labels // TILE_N)
+    hit = jnp.zeros((labels.shape[0] // rows, n_iters), jnp.int32)
+    return hit.at[jnp.arange(labels.shape[0]) // rows, tile].set(1, mode="drop")
+
+
+def _num_sms() -> int:
+    device = jax.local_devices()[0]
+    return device.core_count if device.platform == "gpu" else H200_SMS
+
+
+def gradient_kernel(p_ref, scale, smooth, at_label, labels) -> None:
+    """Overwrite p with dlogits: p * scale - smooth, and `at_label` at the label.
+
+    Args:
+        p_ref: [C, V] f16 in bf16's dtype; bf16 afterwards. V is a multiple of 8.
+        scale: [t, R] f32; where it is 0, p counts as 0 whatever it is.
+        smooth: [R] f32.
+        at_label: [R] f32.
+        labels: [R] int32.
+    """
+    import jax.experimental.pallas as pl
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    C, V = p_ref.shape
+    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    block = (GRADIENT_M, PART_N)
+    parts = TILE_N // PART_N
+
+    def gradient_kernel(
+        p_gmem, scale_gmem, smooth_gmem, at_label_gmem, labels_gmem, p_smem, arrived
+    ):
+        mi, ni = lax.axis_index("m"), lax.axis_index("n")
+        rows = pl.ds(pl.multiple_of(mi * GRADIENT_M, GRADIENT_M), GRADIENT_M)
+
+        def p_part(i):
+            return p_gmem.at[rows, pl.ds(ni * TILE_N + i * PART_N, PART_N)]
+
+        for i in range(parts):
+            plgpu.copy_gmem_to_smem(p_part(i), p_smem.at[i], arrived.at[i])
+
+        def by_row(ref):
+            layout = plgpu.Layout.WGMMA.reduce(1)
+            value = plgpu.load(ref, layout=layout, optimized=False)
+            return lax.broadcast_in_dim(value, block, (0,))
+
+        scale, smooth = by_row(scale_gmem.at[ni, rows]), by_row(smooth_gmem.at[rows])
+        at_label = by_row(at_label_gmem.at[rows])
+        label = by_row(labels_gmem.at[rows]) - ni * TILE_N
+        column = plgpu.broadcasted_iota(jnp.int32, block, 1, layout=plgpu.Layout.WGMMA)
+        for i in range(parts):
+            plgpu.barrier_wait(arrived.at[i])
+            p = plgpu.load(p_smem.at[i], layout=plgpu.Layout.WGMMA)
+            p = lax.bitcast_convert_type(p, jnp.float16).astype(jnp.float32)
+            dlogits = jnp.where(scale == 0, 0.0, p * scale) - smooth
+            dlogits = jnp.where(column + i * PART_N == label, at_label, dlogits)
+            p_smem[i] = dlogits.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(p_smem.at[i], p_part(i))
+        plgpu.wait_smem_to_gmem(0)
+
+    plgpu.kernel(
+        gradient_kernel,
+        grid=(pl.cdiv(C, GRADIENT_M), pl.cdiv(V, TILE_N)),
+        grid_names=("m", "n"),
+        scratch_types=[
+            plgpu.SMEM((parts, *block), jnp.bfloat16, transforms=swizzled),
+            plgpu.Barrier(num_barriers=parts),
+        ],
+    )(p_ref, scale, smooth, at_label, labels)
