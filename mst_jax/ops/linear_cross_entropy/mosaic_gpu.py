@@ -1,13 +1,12 @@
 """One chunk of the LM head's loss in Mosaic GPU kernels, for Hopper and bf16.
 
     logits kernel      l = x W in f32 accumulators; per row and tile t of 256 columns
-                       r_t = max l - 15 ln 2,  s_t = sum exp(l - r_t);
-                       p = exp(l - r_t) in f16
+                       m_t = max l,  p = 2^15 exp(l - m_t) in f16,  s_t = sum p in f32
     gradient kernel    p -> dlogits, over the same memory, in bf16
 
-Logits are never in memory. With lse = log sum_t s_t exp(r_t), as from f32 logits,
+Logits are never in memory. With lse = log sum_t 2^-15 s_t exp(m_t), as from f32 ones,
 
-    dlogits = p * (a exp(r_t - lse)) - b        a, b: f32, one of each a row
+    dlogits = p * (2^-15 a exp(m_t - lse)) - b        a, b: f32, one of each a row
 
 p is at most 2^15 and has f16's 11 significant bits down to 2^-29 of the tile's maximum.
 Its rounding adds 1/64 to the variance of the rounding to bf16 that every implementation
@@ -21,6 +20,7 @@ not written.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,9 @@ PART_N = 64
 """Columns that move through shared memory at once: 128 bytes, the widest swizzle."""
 GRADIENT_M = 64
 """Rows of a thread block of the gradient kernel."""
-LN2 = 0.6931471805599453
-SHIFT = 15 * LN2
+SHIFT = 15
+"""p is scaled by 2^SHIFT: the top of f16's range, for the sake of its bottom."""
+LOG2_E = 1.4426950408889634
 FINITE_MIN = -1e30
 """Stands in for the maximum of a tile that is all -inf."""
 OLDEST_JAX = (0, 11, 2)
@@ -98,7 +99,7 @@ def chunk_losses(options: Options, x, weight, labels, vocab_size: int):
     statistics = logits_kernel(
         x.reshape(rows, -1), weight, flat, vocab_size, options, write=False
     )
-    losses = _losses(options, statistics, flat, vocab_size)[0]
+    losses, *_ = _losses(options, list(statistics), flat, vocab_size)
     return losses[:rows].reshape(labels.shape)
 
 
@@ -117,11 +118,11 @@ def chunk_gradients(
     )
     pad = lse.shape[0] - flat.shape[0]
     weights = jnp.pad(weights.reshape(-1), (0, pad))
-    coefficients = _coefficients(
+    scale, smooth, at_label = _coefficients(
         options, statistics[0], lse, label_logit, weights, vocab_size
     )
     p_ref = jax.new_ref(p)
-    gradient_kernel(p_ref, *coefficients, labels_padded)
+    gradient_kernel(p_ref, scale, smooth, at_label, labels_padded)
     dlogits = jax.freeze(p_ref)
     dx = jnp.einsum("CV,DV->CD", dlogits, weight) if wants_x else None
     if dweight is not None:
@@ -134,12 +135,12 @@ def chunk_gradients(
 
 def _losses(options: Options, statistics, labels, vocab_size: int):
     """Statistics [t, R], labels [C] -> losses, lse, label logits, labels [R]."""
-    r, s, label_logits, *sums = statistics
-    labels = jnp.pad(labels, (0, r.shape[1] - labels.shape[0]))
+    m, s, label_logits, *sums = statistics
+    labels = jnp.pad(labels, (0, m.shape[1] - labels.shape[0]))
     valid = (labels >= 0) & (labels < vocab_size)
     tile = jnp.where(valid, labels // TILE_N, 0)
-    top = r.max(0)
-    lse = top + jnp.log((s * jnp.exp(r - top)).sum(0))
+    top = m.max(0)
+    lse = top + jnp.log((2.0**-SHIFT * s * jnp.exp(m - top)).sum(0))
     label_logit = jnp.take_along_axis(label_logits, tile[None], 0)[0]
     label_logit = jnp.where(valid, label_logit, jnp.nan)
     loss = lse - (1 - options.label_smoothing) * label_logit
@@ -151,11 +152,11 @@ def _losses(options: Options, statistics, labels, vocab_size: int):
     return loss + options.z_loss * lse**2, lse, label_logit, labels
 
 
-def _coefficients(options: Options, r, lse, label_logit, weights, vocab_size: int):
+def _coefficients(options: Options, m, lse, label_logit, weights, vocab_size: int):
     """Return scale [t, R], smooth [R], the label's own dlogits [R]; 0 at weight 0."""
     smoothing = options.label_smoothing
     slope = 1 + 2 * options.z_loss * lse
-    scale = weights * slope * jnp.exp(r - lse)
+    scale = 2.0**-SHIFT * weights * slope * jnp.exp(m - lse)
     smooth = weights * (smoothing / vocab_size)
     at_label = weights * (slope * jnp.exp(label_logit - lse) - (1 - smoothing)) - smooth
     if cap := options.logit_softcap:
@@ -167,7 +168,7 @@ def logits_kernel(
     x, weight, labels, vocab_size: int, options: Options, *, write: bool,
     tiles: Tiles = Tiles(),
 ):  # fmt: skip
-    """Return r, s, label logits and, with smoothing, sums [t, R]; p [C, V] if `write`.
+    """Return m, s, label logits and, with smoothing, sums [t, R]; p [C, V] if `write`.
 
     R is C rounded up to clusters. A label logit is there in its own tile alone, and
     nothing elsewhere. p holds f16 in bf16's dtype, times the softcap's derivative.
@@ -181,10 +182,7 @@ def logits_kernel(
         write: whether p is wanted.
         tiles: of the kernel.
     """
-    # Here and not above: on a CPU nothing else needs Mosaic.
-    import jax.experimental.pallas as pl
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
+    pl, plgpu = _pallas()
     C, D = x.shape
     V = weight.shape[1]
     softcap, smoothing = options.logit_softcap, options.label_smoothing
@@ -203,9 +201,9 @@ def logits_kernel(
         out_type.append(jax.ShapeDtypeStruct((C, V), jnp.bfloat16))
 
     def logits_kernel(x_gmem, w_gmem, labels_gmem, hit_gmem, *outs):
-        r_gmem, s_gmem, label_gmem, *outs = outs
-        sum_gmem = outs.pop(0) if smoothing else None
-        p_gmem = outs.pop(0) if write else None
+        m_gmem, s_gmem, label_gmem, *outs = outs
+        sum_gmem: Any = outs.pop(0) if smoothing else None
+        p_gmem: Any = outs.pop(0) if write else None
 
         def pipeline(step, compute_context):
             def spec(shape, index_map, shared):
@@ -270,8 +268,8 @@ def logits_kernel(
                         sum_gmem[ni, wg_rows] = kept.sum(1)
                     if has_tail:
                         logits = jnp.where(counts, logits, -jnp.inf)
-                    r = jnp.maximum(logits.max(1), FINITE_MIN) - SHIFT
-                    r_gmem[ni, wg_rows] = r
+                    m = jnp.maximum(logits.max(1), FINITE_MIN)
+                    m_gmem[ni, wg_rows] = m
 
                     @pl.when(hit_gmem[mi * 2 + wg, ni] != 0)
                     def _label():
@@ -285,10 +283,10 @@ def logits_kernel(
                         label_gmem[ni, wg_rows] = own.sum(1)
 
                     total = None
-                    r = lax.broadcast_in_dim(r, (wg_m, PART_N), (0,))
+                    m = lax.broadcast_in_dim(m, (wg_m, PART_N), (0,))
                     for i in range(TILE_N // PART_N):
                         part = logits[:, i * PART_N : (i + 1) * PART_N]
-                        p = jnp.exp2((part - r) * (1 / LN2))
+                        p = jnp.exp2((part - m) * LOG2_E + SHIFT)
                         total = p.sum(1) if total is None else total + p.sum(1)
                         if write:
                             if softcap:
@@ -341,6 +339,14 @@ def _hits(labels, rows: int, n_iters: int):
     return hit.at[jnp.arange(labels.shape[0]) // rows, tile].set(1, mode="drop")
 
 
+def _pallas() -> tuple[Any, Any]:
+    # Here and not above: JAX 0.10 has another API, and a CPU has no need of it.
+    import jax.experimental.pallas as pl
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    return pl, plgpu
+
+
 def _num_sms() -> int:
     device = jax.local_devices()[0]
     return device.core_count if device.platform == "gpu" else H200_SMS
@@ -356,9 +362,7 @@ def gradient_kernel(p_ref, scale, smooth, at_label, labels) -> None:
         at_label: [R] f32.
         labels: [R] int32.
     """
-    import jax.experimental.pallas as pl
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
+    pl, plgpu = _pallas()
     C, V = p_ref.shape
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     block = (GRADIENT_M, PART_N)
