@@ -327,7 +327,7 @@ def test_compiled_for_an_h200_no_logits_are_copied():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", [OPTIONS[i] for i in (0, 2, 4)])
 def test_at_8b_width(options):
     x, w, y = make(512, 4096, 128256)
     assert_no_worse_than_xla(x, w, y, chunk_size=200, **options)
