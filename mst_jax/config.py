@@ -170,6 +170,10 @@ class TrainConfig:
     chunk."""
     loss_chunk_size: int | None = None
     """Tokens of an LM-head chunk; None picks from a byte budget."""
+    command_buffers: Literal["default", "step", "off"] = "default"
+    """CUDA graphs: 'default' is XLA's choice, parts of a step; 'step' makes one of the
+    whole step, loops unrolled, for small models whose kernels take less time than their
+    launches; 'off' makes none."""
     eval_every: int = 50
     """Steps between evaluations; the last step is always evaluated."""
     eval_batches: int = 4

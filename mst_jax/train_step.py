@@ -50,6 +50,18 @@ State = dict[str, Any]
 Metrics = dict[str, jax.Array]
 BATCH_SPEC = P(None, BATCH_AXES)
 
+_COMMANDS = "xla_gpu_enable_command_buffer"
+COMMAND_BUFFERS: dict[str, dict[str, str | bool]] = {
+    "default": {},
+    "step": {
+        _COMMANDS: "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,"
+        "DYNAMIC_SLICE_FUSION,WHILE",
+        "xla_gpu_command_buffer_unroll_loops": True,
+    },
+    "off": {_COMMANDS: ""},
+}
+"""XLA's options for each of `TrainConfig.command_buffers`; other backends have none."""
+
 
 def init_train_state(cfg: Config, params: Any) -> State:
     """Return the state of step 0 for these parameters. Jit it with donation."""
@@ -204,6 +216,7 @@ def make_train_step(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...
     # XLA's own rematerialization counts arrays in host memory as the device's, and then
     # computes matrix products twice.
     options = {"xla_disable_hlo_passes": "rematerialization"}
+    options |= COMMAND_BUFFERS[cfg.train.command_buffers]
     return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
