@@ -1,6 +1,7 @@
 """Time whole steps of Llama3-8B under different residual plans, leanest first.
 
     python benchmarks/plans.py offload-8 offload full attention-8 attention
+    python benchmarks/plans.py offload offload-ahead offload-attention-ahead full
 
 One process, weights made on the device, SGD in the backward pass, batch 1, no data
 pipeline: the step alone. JAX's peak counter only rises, so the leanest plan comes
@@ -16,8 +17,11 @@ from typing import Any
 VARIANTS: dict[str, dict[str, Any]] = {
     # name: fields of TrainConfig and OptimConfig
     "offload-8": {"plan": "offload", "head_groups": 8},
+    "offload-8-ahead": {"plan": "offload", "head_groups": 8, "prefetch": True},
     "offload": {"plan": "offload"},
+    "offload-ahead": {"plan": "offload", "prefetch": True},
     "offload-attention": {"plan": "offload_attention"},
+    "offload-attention-ahead": {"plan": "offload_attention", "prefetch": True},
     "full": {"plan": "full"},
     "attention-8": {"plan": "save_attention", "head_groups": 8},
     "attention": {"plan": "save_attention"},

@@ -158,13 +158,16 @@ class TrainConfig:
     save=input+attention'."""
     memory_budget: str | None = None
     """'auto' is this GPU's memory, or a size such as '60GiB': the planner then chooses
-    plan, head_groups and chunk sizes. None runs them as they are set."""
+    plan, head_groups, prefetch and chunk sizes. None runs them as they are set."""
     host_memory: str | None = None
     """Host memory that the planner may use: 'auto' is most of what is free, or a size
     such as '120GiB'; None is none."""
     head_groups: int = 1
     """Attention runs on num_kv_heads / head_groups key/value heads at a time: less
     memory, slightly slower. Divides num_kv_heads."""
+    prefetch: bool = False
+    """Bring offloaded residuals back one layer ahead, beside the computation: no wait
+    for the host link, one more layer's residuals in device memory."""
     mlp_chunk_size: int | None = None
     """Tokens of a chunk of the layers; None picks from a byte budget, 0 does not
     chunk."""

@@ -104,8 +104,11 @@ def make_plan(cfg: Config, model: ModelConfig) -> Plan:
             f"TrainConfig.head_groups={cfg.train.head_groups} must divide "
             f"num_kv_heads={model.num_kv_heads}"
         )
-    plan, groups = cfg.train.plan, cfg.train.head_groups
-    return parse_plan(plan, model.num_layers, head_groups=groups)
+    train = cfg.train
+    return parse_plan(
+        train.plan, model.num_layers,
+        head_groups=train.head_groups, prefetch=train.prefetch,
+    )  # fmt: skip
 
 
 def layer_chunk_size(cfg: Config, model: ModelConfig, batch: int, length: int) -> int:
@@ -128,7 +131,10 @@ def embedding_gradient(
         d_tied: the LM head's gradient when it is the same matrix.
     """
     shape = embed["embedding"].shape
-    total = jnp.zeros(shape, jnp.float32)
+    # After dx: XLA would make these zeros before the layers' backward pass, to fill a
+    # wait for the host link, and hold them all through it.
+    zero, dx = jax.lax.optimization_barrier((jnp.float32(0), dx))
+    total = jnp.full(shape, zero)
     if d_tied is not None:
         total = d_tied["embedding"].astype(jnp.float32)
     # In f32: a frequent token's rows add up over the whole sequence.

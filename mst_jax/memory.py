@@ -14,7 +14,7 @@ import jax
 
 from mst_jax.config import Config, MeshConfig, ModelConfig
 from mst_jax.gpus import GPUS, Gpu
-from mst_jax.planner import default_budget, fastest_plan, parse_bytes
+from mst_jax.planner import default_budget, fastest_plan, options, parse_bytes
 from mst_jax.prediction import predict
 
 GIB = 2**30
@@ -49,8 +49,9 @@ def fit(cfg: Config, model: ModelConfig) -> Config:
     elif host_budget is not None:
         host = parse_bytes(host_budget)
     _reserve_host(host)
-    device = present_gpu().usable if budget == "auto" else parse_bytes(budget)
-    return fastest_plan(cfg, model, present_gpu(), device, host)[0]
+    gpu = present_gpu()
+    device = default_budget(gpu) if budget == "auto" else parse_bytes(budget)
+    return fastest_plan(cfg, model, gpu, device, host)[0]
 
 
 def present_gpu() -> Gpu:
@@ -111,10 +112,8 @@ def _explanation(cfg: Config, model: ModelConfig, error: str) -> str:
         better, found = fastest_plan(cfg, model, gpu, default_budget(gpu), host)
         lines.append(
             f"this fits, in {found.peak_device / GIB:.1f} GiB and "
-            f"{found.peak_host / GIB:.1f} GiB of host memory: --train.plan "
-            f"'{better.train.plan}' --train.head-groups {better.train.head_groups} "
-            f"--train.mlp-chunk-size {better.train.mlp_chunk_size} "
-            f"--train.loss-chunk-size {better.train.loss_chunk_size}; or let "
+            f"{found.peak_host / GIB:.1f} GiB of host memory: "
+            f"{' '.join(options(better.train))}; or let "
             "--train.memory-budget auto --train.host-memory auto choose"
         )
     except (ValueError, NotImplementedError) as reason:

@@ -67,9 +67,16 @@ class Plan:
     """First layer first."""
     head_groups: int = 1
     """Attention runs on num_kv_heads / head_groups key/value heads at a time."""
+    prefetch: bool = False
+    """Offloaded residuals come back while the layer after theirs is differentiated."""
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.groups))
+
+    def describe(self) -> str:
+        """Return the plan for a reader: the text form, and what it leaves open."""
+        ahead = "; fetched a layer ahead" if self.offloads and self.prefetch else ""
+        return f"{self} (what is not named is recomputed{ahead})"
 
     @property
     def offloads(self) -> bool:
@@ -77,14 +84,16 @@ class Plan:
         return any(group.offload for group in self.groups)
 
 
-def parse_plan(text: str, num_layers: int, *, head_groups: int = 1) -> Plan:
+def parse_plan(
+    text: str, num_layers: int, *, head_groups: int = 1, prefetch: bool = False
+) -> Plan:
     """Read a preset's name or the text form of a plan.
 
     Args:
         text: a key of `PRESETS`, or groups as in the module's docstring. One group may
             have `*` layers: those that the others leave.
         num_layers: L, which the groups must add up to.
-        head_groups: see `Plan`.
+        head_groups, prefetch: see `Plan`.
 
     Raises:
         ValueError: not a plan, or not one for L layers.
@@ -105,7 +114,7 @@ def parse_plan(text: str, num_layers: int, *, head_groups: int = 1) -> Plan:
                 f"plan={text!r}: every={group.every} does not divide the group's "
                 f"{group.layers} layers; split it in two groups"
             )
-    return Plan(groups=tuple(groups), head_groups=head_groups)
+    return Plan(groups=tuple(groups), head_groups=head_groups, prefetch=prefetch)
 
 
 def read_groups(text: str) -> list[LayerGroup]:

@@ -13,6 +13,7 @@ from mst_jax.planner import (
     gib,
     longest_sequence,
     memory_limit,
+    options,
     parts,
 )
 from mst_jax.prediction import Prediction
@@ -99,21 +100,14 @@ def report(
 
 def command(cfg: Config, prediction: Prediction, gpu: Gpu, device_bytes: int) -> str:
     """Return what to set for the run."""
-    train = cfg.train
     # JAX takes three quarters of the device, and its host pool doubles as it grows.
     fraction = min(0.97, device_bytes / gpu.memory + 0.03)
     settings = [f"XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f}"]
     if prediction.peak_host:
         limit = prediction.peak_host // GIB + 1
         settings.append(f"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB={limit}")
-    options = [
-        f"--data.seq-len {cfg.data.seq_len}",
-        f"--train.plan '{train.plan}'",
-        f"--train.head-groups {train.head_groups}",
-        f"--train.mlp-chunk-size {train.mlp_chunk_size}",
-        f"--train.loss-chunk-size {train.loss_chunk_size}",
-    ]
-    return "\n".join([" ".join(settings), *options])
+    length = f"--data.seq-len {cfg.data.seq_len}"
+    return "\n".join([" ".join(settings), length, *options(cfg.train)])
 
 
 def lengths(longest: int, count: int) -> list[int]:

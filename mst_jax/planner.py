@@ -1,8 +1,9 @@
 """Which plan trains a model on a GPU: the fastest that fits, the longest sequence.
 
 Candidates are the same for all layers, or two neighbours of `NEIGHBOURS` mixed, with
-`head_groups` and chunk sizes that cut the work finer where memory is short. Each is
-predicted (`prediction.py`); of those within the budget the fastest is taken.
+`head_groups` and chunk sizes that cut the work finer where memory is short, and with
+`prefetch` where it is not. Each is predicted (`prediction.py`); of those within the
+budget the fastest is taken.
 """
 
 import re
@@ -14,11 +15,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mst_jax.config import Config, ModelConfig
+from mst_jax.config import Config, ModelConfig, TrainConfig
 from mst_jax.gpus import Gpu
 from mst_jax.ops.linear_cross_entropy import loss_chunk_size
 from mst_jax.ops.swiglu import mlp_chunk_size
-from mst_jax.plan import PRESETS, RESIDUALS
+from mst_jax.plan import PRESETS, RESIDUALS, read_groups
 from mst_jax.prediction import Prediction, predict
 
 GIB = 2**30
@@ -121,6 +122,17 @@ def default_budget(gpu: Gpu) -> int:
     return int(0.97 * gpu.usable)
 
 
+def options(train: TrainConfig) -> list[str]:
+    """Return the options of `train.py` that set what the planner chooses."""
+    return [
+        f"--train.plan '{train.plan}'",
+        f"--train.head-groups {train.head_groups}",
+        f"--train.{'' if train.prefetch else 'no-'}prefetch",
+        f"--train.mlp-chunk-size {train.mlp_chunk_size}",
+        f"--train.loss-chunk-size {train.loss_chunk_size}",
+    ]
+
+
 def memory_limit(
     cfg: Config, model: ModelConfig, gpu: Gpu, device_bytes: int, host_bytes: int
 ) -> str:
@@ -133,12 +145,14 @@ def memory_limit(
 
 def _fits(cfg, model, gpu, budget):
     cuts = _cuts(cfg, model)
-    finest = [c for c in cuts if c["head_groups"] == model.num_kv_heads]
+    finest = [
+        c for c in cuts if c["head_groups"] == model.num_kv_heads and not c["prefetch"]
+    ]
     return next(_fitting(cfg, model, gpu, budget, finest), None) is not None
 
 
 def _cuts(cfg: Config, model: ModelConfig) -> list[dict[str, int]]:
-    """Return head groups and chunk sizes, coarse to fine.
+    """Return head groups, chunk sizes and prefetch, much memory to little.
 
     The chunks' budgets are those of `mini_sequence.py`, a quarter and a sixteenth. All
     chunks are equal where that is possible: a shorter last one costs a copy of a whole
@@ -154,9 +168,11 @@ def _cuts(cfg: Config, model: ModelConfig) -> list[dict[str, int]]:
             "head_groups": groups,
             "mlp_chunk_size": _equal_chunks(T, mlp // part),
             "loss_chunk_size": _equal_chunks(T, loss // part),
+            "prefetch": prefetch,
         }
         for part in (1, 4, 16)
         for groups in (g for g in range(1, K + 1) if K % g == 0)
+        for prefetch in (True, False)
     ]
 
 
@@ -200,6 +216,8 @@ def _fitting(
 
 
 def _attempt(cfg, model, gpu, cut, plan) -> Planned:
+    offloads = any(group.offload for group in read_groups(plan))
+    cut = cut | {"prefetch": cut["prefetch"] and offloads}
     changed = replace(cfg, train=replace(cfg.train, plan=plan, **cut))
     return changed, predict(changed, model, gpu)
 

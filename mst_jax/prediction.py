@@ -1,7 +1,8 @@
 """What a train step will need and how long it will take, from shapes alone.
 
 Memory is `step_memory.py`'s. Time is the sum of matrix products, attention, kernels
-bound by memory, and the host link; nothing overlaps but the stores to the host. The
+bound by memory, and the host link; nothing overlaps but the stores to the host, and
+the loads with `prefetch`. The
 shares of the GPU's peak are those of Llama3-8B's steps on an H200: with them the nine
 measured ones of 16,384 to 65,536 tokens (docs/benchmarks) come out within 2.5%. Other
 GPUs are assumed to reach the same shares. XLA's flash attention (T4, packed documents)
@@ -118,9 +119,6 @@ class _Time:
         groups = s.plan.groups
         matmul = self._matmul()
         attention = self._attention()
-        to_host = s.host_residuals / link
-        # Stores run beside the forward pass, about a quarter; loads are waited for.
-        host = self.passes * to_host + max(0.0, to_host - (matmul + attention) / 4)
         tokens = 14 * s.V + sum(g.layers * self._moved(g) for g in groups)
         # The chunks' weight gradients are added up in f32.
         sums = s.L * s.W * s.n / s.C + s.V * s.D * s.n / s.C_loss
@@ -128,7 +126,7 @@ class _Time:
             "matrix products": matmul,
             "attention": attention,
             "memory bandwidth": self._memory(s.n * tokens + 8 * sums),
-            "host link": host,
+            "host link": self._host_link(matmul + attention),
         }
         parts = {name: x * self.cfg.train.accumulate for name, x in parts.items()}
         params, state, on_host = s.state
@@ -137,6 +135,18 @@ class _Time:
         parts["memory bandwidth"] += self._memory(updated)
         parts["host link"] += 2 * on_host / link
         return parts
+
+    def _host_link(self, compute: float) -> float:
+        """Seconds that the residuals' way to the host and back is waited for."""
+        s, link = self.step, self.gpu.link
+        moved = s.host_residuals / link
+        # The forward pass is about a quarter, and covers the stores.
+        stores = max(0.0, moved - compute / 4)
+        loads = self.passes * moved
+        if s.plan.prefetch:  # of each group the first layer's are waited for
+            first = sum(s.kept_bytes(g.offload) for g in s.plan.groups) / link
+            loads = max(self.passes * first, loads - 3 / 4 * compute)
+        return stores + loads
 
     def _memory(self, size: float) -> float:
         return size / (BANDWIDTH * self.gpu.bandwidth)

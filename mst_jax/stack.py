@@ -7,7 +7,7 @@ pass: no whole gradient is ever held). Weights are read through `weights_at`, so
 may live in the loop's carry and change in place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -55,7 +55,7 @@ def stack_forward(
 
 
 def _layers(weights_at, x, ctx, start, group):
-    offloaded = {array for name in group.offload for array in _ARRAYS[name]}
+    offloaded = _arrays(group.offload)
 
     def body(x, i):
         y, kept = layer_forward(weights_at(i), x, ctx, group.kept)
@@ -118,23 +118,45 @@ def stack_backward(
     for group, residuals in zip(plan.groups[::-1], kept[::-1], strict=True):
         start -= group.layers
         body = one_layer if group.every == 1 else partial(one_block, group)
-        state = _reversed(body, state, start, group.layers, group.every, residuals)
+        ahead = _arrays(group.offload) if plan.prefetch else frozenset()
+        state = _reversed(
+            body, state, start, group.layers, group.every, residuals, ahead
+        )
     return state
 
 
-def _reversed(body, state, start, layers, every, residuals):
-    """Fold body(state, layer, its residuals) from the last layer to the first."""
+def _reversed(body, state, start, layers, every, residuals, ahead=frozenset()):
+    """Fold body(state, layer, its residuals) from the last layer to the first.
+
+    The residuals that `ahead` names are fetched while the layer before is computed.
+    """
     count = layers // every
 
-    def step(t, state):
-        i = count - 1 - t
-        own = {
+    def fetch(names, i):
+        return {
             name: _to_device(jax.lax.dynamic_index_in_dim(a, i, keepdims=False))
             for name, a in residuals.items()
+            if name in names
         }
-        return body(state, start + i * every, own)
 
-    return jax.lax.fori_loop(0, count, step, state)
+    def step(t, carry):
+        state, own = carry
+        i = count - 1 - t
+        following = fetch(ahead, jnp.maximum(i - 1, 0))
+        own |= fetch(residuals.keys() - ahead, i)
+        return body(state, start + i * every, own), following
+
+    if not ahead:
+        return jax.lax.fori_loop(0, count, step, (state, {}))[0]
+    # The first layer's wait for dx: the head's own peak is before it.
+    dx, carry = state
+    dx, last = jax.lax.optimization_barrier((dx, jnp.int32(count - 1)))
+    first = (dx, carry), fetch(ahead, last)
+    return jax.lax.fori_loop(0, count, step, first)[0]
+
+
+def _arrays(names: Collection[str]) -> frozenset[str]:
+    return frozenset(array for name in names for array in _ARRAYS[name])
 
 
 def _to_host(a: jax.Array) -> jax.Array:

@@ -120,7 +120,8 @@ class StepMemory:
             saved += self._saved(group)
             # A block's layers are run again, and all their residuals held.
             block = group.every * self.kept_bytes(group.kept) if group.every > 1 else 0
-            resident = {"residuals": saved + block} | self._gradients()
+            ahead = self.kept_bytes(group.offload) if self.plan.prefetch else 0
+            resident = {"residuals": saved + block + ahead} | self._gradients()
             found.append(("MLP", resident | self._mlp_backward(group)))
             found.append(("attention", resident | self._attention_backward(group)))
         found.append(("head", {"residuals": saved} | self._head()))

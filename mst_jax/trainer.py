@@ -368,7 +368,7 @@ def describe(cfg: Config, model: ModelConfig, data: Data) -> list[str]:
         "pass (xla)",
         f"attention  {name}, {heads} of {model.num_kv_heads} key/value heads at a time"
         + (f": cuDNN {why}" if name == "xla" else ""),
-        f"plan       {make_plan(cfg, model)} (what is not named is recomputed)",
+        f"plan       {make_plan(cfg, model).describe()}",
         f"update     {cfg.optim.name}, "
         + ("in the backward pass" if cfg.optim.in_backward else "after it"),
         f"devices    {cfg.mesh.data * cfg.mesh.fsdp} x {jax.devices()[0].device_kind}"

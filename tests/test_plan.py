@@ -89,6 +89,14 @@ def test_offloads():
     assert not parse_plan("none", 2).offloads
 
 
+def test_description():
+    ahead, saved = (
+        parse_plan(text, 2, prefetch=True).describe() for text in ("offload", "full")
+    )
+    assert ahead.startswith("2 offload=input (") and "fetched a layer ahead" in ahead
+    assert "ahead" not in saved
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

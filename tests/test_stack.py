@@ -200,9 +200,10 @@ def test_what_is_computed_again_and_what_goes_to_the_host(plan, again, offloaded
     assert len(to_host) == offloaded
 
 
-def train(kind, plan, optim, steps=3):
+def train(kind, plan, optim, steps=3, **options):
     """Return the last state and the metrics of every step."""
-    cfg = config(kind, (1, 1), optim, plan=plan, head_groups=2, mlp_chunk_size=25)
+    options = {"head_groups": 2, "mlp_chunk_size": 25, **options}
+    cfg = config(kind, (1, 1), optim, plan=plan, **options)
     state = init_train_state(cfg, make_params(kind))
     step = make_train_step(cfg, MODELS[kind], make_mesh(cfg.mesh))
     batches = [make_batch(kind, seed) for seed in range(steps)]
@@ -252,6 +253,27 @@ def test_update_in_backward_is_the_ordinary_step(kind, plan, optim):
     for a, b in zip(*map(jax.tree.leaves, (new[0], old[0])), strict=True):
         assert (a != b).any()
     assert set(state["opt"]) == set(new[0])
+
+
+@pytest.mark.parametrize(
+    "kind, plan, optim",
+    [
+        ("plain", "offload_attention", {"in_backward": True}),
+        ("packed", "* offload=input every=2", {"in_backward": True, "clip": "layer"}),
+        (
+            "packed",
+            "1 save=input; 2 offload=input+qkv save=attention; 1 offload=input",
+            {},
+        ),
+    ],
+    ids=["global norm", "every second input", "mixture"],
+)
+def test_what_is_fetched_ahead_is_the_same(kind, plan, optim):
+    waited, ahead = (
+        train(kind, plan, optim, steps=2, prefetch=prefetch)
+        for prefetch in (False, True)
+    )
+    jax.tree.map(np.testing.assert_array_equal, ahead, waited)
 
 
 def test_each_layer_is_clipped_apart():
