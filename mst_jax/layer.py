@@ -27,7 +27,7 @@ from mst_jax.mini_sequence import for_chunks, put_tokens, take_tokens
 from mst_jax.ops.attention import attention_backward, attention_forward
 from mst_jax.ops.rms_norm import rms_norm
 from mst_jax.ops.rope import apply_rope
-from mst_jax.ops.swiglu import gated, swiglu_backward
+from mst_jax.ops.swiglu import mlp_backward, mlp_forward
 
 Weights = dict[str, Any]
 Residuals = dict[str, jax.Array]
@@ -48,6 +48,8 @@ class Context:
     """Groups of key/value heads that attention runs on one after the other."""
     implementation: str | None = None
     """Of attention."""
+    mlp_implementation: str | None = None
+    """Of the MLP, see `ops.swiglu`."""
 
 
 def layer_forward(
@@ -233,6 +235,7 @@ def _after(p, x, out, ctx, keep):
     """Return y, and of mlp_input, gate and up what is to be kept."""
     B, T, D = x.shape
     mlp, wo = p["mlp"], p["attention"]["wo"]
+    weights = (mlp["w_gate"], mlp["w_up"], mlp["w_down"])
     F = mlp["w_gate"].shape[1]
 
     def body(carry, start, size):
@@ -240,12 +243,11 @@ def _after(p, x, out, ctx, keep):
         h = take_tokens(y, start, size)  # still x there
         h = h + take_tokens(out, start, size).reshape(B, size, -1) @ wo
         normed = _norm(p["mlp_norm"], h, ctx)
-        new = {
-            "mlp_input": h,
-            "gate": normed @ mlp["w_gate"],
-            "up": normed @ mlp["w_up"],
-        }
-        z = h + gated("silu", new["gate"], new["up"]) @ mlp["w_down"]
+        z, gate_up = mlp_forward(
+            normed, weights, residual=h, keep="gate_up" in keep,
+            implementation=ctx.mlp_implementation,
+        )  # fmt: skip
+        new = {"mlp_input": h, **dict(zip(("gate", "up"), gate_up or (), strict=False))}
         kept = {name: put_tokens(a, new[name], start) for name, a in kept.items()}
         return put_tokens(y, z, start), kept
 
@@ -270,13 +272,13 @@ def _after_backward(p, kept, dy, ctx):
         else:
             h = take_tokens(x, start, size) + out_c @ wo
         normed, norm_vjp = _norm_vjp(p, "mlp_norm", h, 0, size, ctx)
+        gate_up = None
         if "gate" in kept:
             gate, up = (take_tokens(kept[n], start, size) for n in ("gate", "up"))
-        else:
-            gate, up = normed @ weights[0], normed @ weights[1]
+            gate_up = gate, up
         dy = take_tokens(d, start, size)
-        d_normed, totals = swiglu_backward(
-            "silu", normed, gate, up, dy, weights, totals
+        d_normed, totals = mlp_backward(
+            normed, gate_up, dy, weights, totals, implementation=ctx.mlp_implementation
         )
         d_scale, dh = norm_vjp(d_normed)
         dh = dy + dh

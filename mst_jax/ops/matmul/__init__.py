@@ -1,0 +1,12 @@
+"""Tiled matrix products for Hopper, with epilogues of the caller's own."""
+
+from mst_jax.ops.matmul.mosaic_gpu import (
+    OLDEST_JAX,
+    Epilogue,
+    Tiles,
+    matmul,
+    obstacle,
+    tiled_matmul,
+)
+
+__all__ = ["OLDEST_JAX", "Epilogue", "Tiles", "matmul", "obstacle", "tiled_matmul"]

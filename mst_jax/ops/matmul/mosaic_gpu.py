@@ -1,0 +1,436 @@
+"""The matrix product that the Hopper kernels of this package are built on.
+
+    acc_i = A B_i            f32, one tile [2 wg_tile_m, tile_n] of C a thread block
+    epilogue(acc_0, ...)     what becomes of them: written, combined, added in place
+
+A persistent grid of clusters walks the tiles of C in a snake, so that the blocks that
+run together read the same rows and columns through L2. In a block one warpgroup loads
+tiles of A and B (TMA) and two multiply (wgmma), one above the other; the blocks of a
+cluster share the tiles of B (TMA multicast). A and B may each be given transposed.
+Sizes need not be multiples of the tiles: TMA reads zeros beyond the ends and does not
+write there, which asks for rows of a multiple of 16 bytes.
+
+The accumulators never leave the registers before the epilogue has seen them, in f32.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+OLDEST_JAX = (0, 11, 2)
+H200_SMS = 132
+SMEM_BYTES = 227 * 1024
+ROW_BYTES = 128
+"""A row of a staged part: the widest swizzle."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """How a product is cut. Two compute warpgroups lie one above the other."""
+
+    wg_tile_m: int = 64
+    """Rows of one warpgroup."""
+    tile_n: int = 256
+    """Columns of a thread block, of all its accumulators together."""
+    tile_k: int = 64
+    """Depth of one step of the pipeline."""
+    stages: int = 4
+    """Steps that are in shared memory at once."""
+    slots: int = 2
+    """Parts of a result, of `ROW_BYTES` a row, that wait in shared memory."""
+    cluster: int = 2
+    """Thread blocks that share the tiles of B; each has its own rows."""
+    snake: int = 8
+    """Clusters that are walked along `snake_m` before turning."""
+    snake_m: bool = True
+    """Whether the walk goes along the rows of C first, or its columns."""
+
+    def __post_init__(self):
+        if self.wg_tile_m not in (64, 128) or self.tile_n % 64 or self.tile_k % 64:
+            raise ValueError(
+                f"{self}: wg_tile_m of 64 or 128, tile_n and tile_k multiples of 64"
+            )
+        if self.cluster not in (1, 2) or self.stages < 2 or self.slots < 1:
+            raise ValueError(f"{self}: a cluster of 1 or 2, 2 stages, 1 slot at least")
+        if self.wg_tile_m * self.tile_n > 64 * 256:
+            raise ValueError(f"{self}: the accumulators do not fit the registers")
+        if self.smem_bytes > SMEM_BYTES:
+            raise ValueError(
+                f"{self}: {self.smem_bytes} bytes of shared memory, a block has "
+                f"{SMEM_BYTES}; take fewer stages or slots"
+            )
+
+    @property
+    def cta_tile_m(self) -> int:
+        """Rows of one thread block."""
+        return 2 * self.wg_tile_m
+
+    @property
+    def cluster_tile_m(self) -> int:
+        """Rows of one cluster."""
+        return self.cluster * self.cta_tile_m
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of a block, for 16-bit operands."""
+        operands = self.stages * self.tile_k * (self.cta_tile_m + self.tile_n) * 2
+        return operands + self.slots * self.cta_tile_m * ROW_BYTES + 1024
+
+
+def obstacle(*arrays: jax.Array | jax.ShapeDtypeStruct) -> str | None:
+    """Return why the kernels cannot multiply such matrices on any GPU, or None."""
+    if jax.__version_info__ < OLDEST_JAX:
+        return f"JAX {jax.__version__} is older than 0.11.2"
+    for a in arrays:
+        if a.dtype != jnp.bfloat16:
+            return f"takes bfloat16, not {a.dtype}"
+        if a.shape[-1] % 8:
+            return f"rows of {a.shape[-1]} elements are no multiple of 16 bytes"
+    return None
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What an epilogue sees of its tile; it runs in each of the two warpgroups."""
+
+    tiles: Tiles
+    width: int
+    """Columns of one accumulator."""
+    dtype: Any
+    """Of everything that is staged: the results, and the operands that are read."""
+    row: Any
+    """First row of the warpgroup's tile in the results."""
+    column: Any
+    """First column."""
+    smem: Any
+    """[slots, wg_tile_m, part], this warpgroup's own."""
+    arrived: Any
+    """A barrier for each slot, or None if nothing is read."""
+
+    @property
+    def part(self) -> int:
+        """Columns that are staged at once."""
+        return part_columns(self.dtype)
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of an accumulator."""
+        return self.width // self.part
+
+    def columns(self, i: int) -> slice:
+        """Return the columns of part i in an accumulator."""
+        return slice(i * self.part, (i + 1) * self.part)
+
+    def read(self, gmem: Any) -> list[jax.Array]:
+        """Return this tile of an array, in parts. Needs a slot for each."""
+        plgpu = _plgpu()
+        if self.num_parts > self.tiles.slots:
+            raise ValueError(
+                f"{self.tiles}: reads {self.num_parts} parts, has fewer slots"
+            )
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for i in range(self.num_parts):
+            plgpu.copy_gmem_to_smem(
+                self._tile(gmem, i), self.smem.at[i], self.arrived.at[i]
+            )
+        parts = []
+        for i in range(self.num_parts):
+            plgpu.barrier_wait(self.arrived.at[i])
+            parts.append(plgpu.load(self.smem.at[i], layout=plgpu.Layout.WGMMA))
+        return parts
+
+    def write(self, gmem: Any, i: int, value: jax.Array, turn: int, *, add=False):
+        """Write part i of this tile, or add it to what is there.
+
+        `turn` counts the writes of the tile; a write waits for the one that had its
+        slot before.
+        """
+        plgpu = _plgpu()
+        slots = self.tiles.slots
+        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+        slot = self.smem.at[turn % slots]
+        slot[...] = value.astype(self.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(
+            slot, self._tile(gmem, i), reduction_op="add" if add else None
+        )
+
+    def _tile(self, gmem, i):
+        import jax.experimental.pallas as pl
+
+        rows = pl.ds(self.row, self.tiles.wg_tile_m)
+        return gmem.at[rows, pl.ds(self.column + i * self.part, self.part)]
+
+
+def part_columns(dtype: Any) -> int:
+    """Return the columns of a part: `ROW_BYTES` of them."""
+    return ROW_BYTES // jnp.dtype(dtype).itemsize
+
+
+def tiled_matmul(
+    a: jax.Array,
+    bs: tuple[jax.Array, ...],
+    epilogue: Callable[..., None],
+    *,
+    name: str,
+    extra: tuple[Any, ...] = (),
+    out_type: tuple[jax.ShapeDtypeStruct, ...] = (),
+    dtype: Any = jnp.bfloat16,
+    reads: bool = False,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    tiles: Tiles,
+) -> Any:
+    """Multiply A with each B and hand the f32 accumulators of a tile to `epilogue`.
+
+    Args:
+        a: [M, K], or [K, M] if `transpose_a`.
+        bs: [K, N] each, or [N, K] if `transpose_b`; all of one shape.
+        epilogue: `epilogue(tile, accs, extra, outs)`: an `Epilogue`, a list of f32
+            arrays [wg_tile_m, tile_n / len(bs)], and references to `extra` and to the
+            results in global memory.
+        name: of the kernel, in traces.
+        extra: arrays [M, N] that the epilogue reads, or references that it changes.
+        out_type: of the results, [M, N] each.
+        dtype: of what the epilogue stages: of all results and of what it reads.
+        reads: whether it calls `Epilogue.read`.
+        transpose_a, transpose_b: see above.
+        tiles: see `Tiles`.
+
+    Returns:
+        A tuple of the results.
+    """
+    import jax.experimental.pallas as pl
+
+    plgpu = _plgpu()
+    M, K = a.shape[::-1] if transpose_a else a.shape
+    N = bs[0].shape[0 if transpose_b else 1]
+    width = tiles.tile_n // len(bs)
+    cta_m, tile_k, wg_m = tiles.cta_tile_m, tiles.tile_k, tiles.wg_tile_m
+    m_iters, n_iters = pl.cdiv(M, tiles.cluster_tile_m), pl.cdiv(N, width)
+    staged = (tiles.slots, wg_m, part_columns(dtype))
+    barriers = {}
+    if reads:
+        barriers["arrived"] = plgpu.Barrier(num_barriers=2 * tiles.slots)
+
+    def kernel(a_gmem, *rest):
+        b_gmems, rest = rest[: len(bs)], rest[len(bs) :]
+        extra_gmems, out_gmems = rest[: len(extra)], rest[len(extra) :]
+
+        def pipeline(step, compute_context):
+            return plgpu.emit_pipeline_warp_specialized(
+                step,
+                grid=(pl.cdiv(K, tile_k),),
+                memory_registers=40,
+                in_specs=[
+                    _operand(transpose_a, (cta_m, tile_k), shared=False),
+                    *[
+                        _operand(
+                            not transpose_b, (width, tile_k), shared=tiles.cluster > 1
+                        )
+                        for _ in bs
+                    ],
+                ],
+                wg_axis="wg",
+                num_compute_wgs=2,
+                max_concurrent_steps=tiles.stages,
+                compute_context=compute_context,
+            )
+
+        def nothing(*_, **__):
+            return None
+
+        @partial(
+            pl.run_scoped,
+            allocations=pipeline(nothing, nothing).get_allocations(a_gmem, *b_gmems),
+            smem=plgpu.SMEM((2, *staged), dtype, transforms=_swizzled(dtype)),
+            collective_axes="wg",
+            **barriers,
+        )
+        def _scope(allocations, smem, arrived=None):
+            wg, cta = lax.axis_index("wg"), lax.axis_index("cluster")
+
+            @plgpu.nd_loop((m_iters * n_iters,), collective_axes="cluster_grid")
+            def _tile(info):
+                mc, ni = plgpu.planar_snake(
+                    info.index[0],
+                    (m_iters, n_iters),
+                    0 if tiles.snake_m else 1,
+                    tiles.snake,
+                )
+                mi = mc * tiles.cluster + cta
+                tile = Epilogue(
+                    tiles, width, dtype,
+                    row=pl.multiple_of(mi * cta_m + wg * wg_m, wg_m),
+                    column=pl.multiple_of(ni * width, width),
+                    smem=smem.at[wg],
+                    arrived=_Barriers(arrived, wg * tiles.slots) if reads else None,
+                )  # fmt: skip
+
+                def compute(run):
+                    def products(*accs):
+                        run(accs)
+                        return [acc[...] for acc in accs]
+
+                    acc = plgpu.ACC((wg_m, width), jnp.float32)
+                    accs = pl.run_scoped(products, *[acc] * len(bs))
+                    epilogue(tile, accs, extra_gmems, out_gmems)
+
+                def step(_, a_smem, *rest):
+                    *b_smems, accs = rest
+                    own = pl.ds(pl.multiple_of(wg * wg_m, wg_m), wg_m)
+                    if transpose_a:
+                        left = a_smem.at[:, own].transpose((1, 0))
+                    else:
+                        left = a_smem.at[own]
+                    for acc, b in zip(accs, b_smems, strict=True):
+                        right = b.transpose((1, 0)) if transpose_b else b
+                        plgpu.wgmma(acc, left, right)
+                    plgpu.wgmma_wait(len(bs))
+                    return accs
+
+                rows = pl.ds(mi * cta_m, cta_m)
+                columns = pl.ds(ni * width, width)
+                pipeline(step, compute)(
+                    a_gmem.at[:, rows] if transpose_a else a_gmem.at[rows, :],
+                    *[
+                        b.at[columns, :] if transpose_b else b.at[:, columns]
+                        for b in b_gmems
+                    ],
+                    allocations=allocations,
+                )
+
+        plgpu.wait_smem_to_gmem(0)
+
+    clusters = min(m_iters * n_iters, num_sms() // tiles.cluster)
+    kernel.__name__ = name
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        grid=(clusters,),
+        grid_names=("cluster_grid",),
+        cluster=(tiles.cluster,),
+        cluster_names=("cluster",),
+        num_threads=3,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(a, *bs, *extra)
+
+
+def matmul(
+    a: jax.Array,
+    b: jax.Array,
+    *,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    total: jax.Array | None = None,
+    tiles: Tiles | None = None,
+) -> jax.Array:
+    """Return A B in A's dtype, or `total` + A B in total's.
+
+    Args:
+        a: bf16 [M, K], or [K, M] if `transpose_a`.
+        b: bf16 [K, N], or [N, K] if `transpose_b`.
+        transpose_a, transpose_b: which operands are given transposed.
+        total: [M, N], f32 or bf16. It is added to in its own memory where XLA has no
+            other use of it, as in the carry of a loop.
+        tiles: see `Tiles`; None for a measured choice.
+
+    Raises:
+        NotImplementedError: see `obstacle`.
+    """
+    shape = a.shape[transpose_a], b.shape[not transpose_b]
+    if reason := obstacle(a, b, jax.ShapeDtypeStruct(shape, a.dtype)):
+        raise NotImplementedError(f"Mosaic GPU matmul: {reason}")
+    run = partial(
+        tiled_matmul, a, (b,), transpose_a=transpose_a, transpose_b=transpose_b
+    )
+    name = f"matmul_{'nt'[transpose_a]}{'nt'[transpose_b]}"
+    if total is None:
+        (c,) = run(
+            _store, name=name, out_type=(jax.ShapeDtypeStruct(shape, a.dtype),),
+            tiles=tiles or Tiles(),
+        )  # fmt: skip
+        return c
+    ref = jax.new_ref(total)
+    if total.dtype == jnp.float32:
+        run(
+            _add, name=f"{name}_add_f32", extra=(ref,), dtype=jnp.float32,
+            tiles=tiles or Tiles(),
+        )  # fmt: skip
+    else:
+        run(
+            _read_and_add, name=f"{name}_add", extra=(ref,), dtype=total.dtype,
+            reads=True, tiles=tiles or Tiles(stages=3, slots=4),
+        )  # fmt: skip
+    return jax.freeze(ref)
+
+
+def _store(tile, accs, extra, outs):
+    for i in range(tile.num_parts):
+        tile.write(outs[0], i, accs[0][:, tile.columns(i)], i)
+
+
+def _add(tile, accs, extra, outs):
+    # TMA adds in L2, so the sum so far is not waited for. Each element once: no race.
+    for i in range(tile.num_parts):
+        tile.write(extra[0], i, accs[0][:, tile.columns(i)], i, add=True)
+
+
+def _read_and_add(tile, accs, extra, outs):
+    # Not by TMA: it would round the product to 16 bits before it adds.
+    for i, part in enumerate(tile.read(extra[0])):
+        value = accs[0][:, tile.columns(i)] + part.astype(jnp.float32)
+        tile.write(extra[0], i, value, i)
+
+
+def num_sms() -> int:
+    """Return the multiprocessors of this GPU, or of an H200 where there is none."""
+    device = jax.local_devices()[0]
+    return device.core_count if device.platform == "gpu" else H200_SMS
+
+
+@dataclass(frozen=True)
+class _Barriers:
+    """One warpgroup's share of an array of barriers."""
+
+    all: Any
+    first: Any
+
+    @property
+    def at(self):
+        return self
+
+    def __getitem__(self, i):
+        return self.all.at[self.first + i]
+
+
+def _operand(depth_first: bool, sizes: tuple[int, int], *, shared: bool) -> Any:
+    """Describe the tiles [outer, depth] of an operand, or [depth, outer]."""
+    plgpu = _plgpu()
+    return plgpu.BlockSpec(
+        sizes[::-1] if depth_first else sizes,
+        (lambda k: (k, 0)) if depth_first else (lambda k: (0, k)),
+        transforms=_swizzled(jnp.bfloat16),
+        memory_space=plgpu.SMEM,
+        delay_release=1,
+        collective_axes=("cluster",) if shared else (),
+    )
+
+
+def _swizzled(dtype: Any) -> tuple[Any, ...]:
+    plgpu = _plgpu()
+    tiling = plgpu.TilingTransform((8, part_columns(dtype)))
+    return tiling, plgpu.SwizzleTransform(ROW_BYTES)
+
+
+def _plgpu() -> Any:
+    # Here and not above: JAX 0.10 has another API, and a CPU has no need of it.
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    return plgpu
