@@ -34,6 +34,8 @@ SWEEP = [
     TALL,
     replace(TALL, cluster=1),
     replace(WIDE, stages=3, slots=4),
+    replace(WIDE, stages=3, slots=4, snake=16),
+    replace(WIDE, stages=3, slots=4, snake_m=False),
     replace(TALL, stages=3, slots=2),
 ]
 
