@@ -7,8 +7,8 @@ A persistent grid of clusters walks the tiles of C in a snake, so that the block
 run together read the same rows and columns through L2. In a block one warpgroup loads
 tiles of A and B (TMA) and two multiply (wgmma), one above the other; the blocks of a
 cluster share the tiles of B (TMA multicast). A and B may each be given transposed.
-Sizes need not be multiples of the tiles: TMA reads zeros beyond the ends and does not
-write there, which asks for rows of a multiple of 16 bytes.
+Sizes need not be multiples of the tiles, only of 8 rows and 64 columns, the units in
+which TMA moves them: it reads zeros beyond the ends and does not write there.
 
 The accumulators never leave the registers before the epilogue has seen them, in f32.
 """
@@ -89,8 +89,8 @@ def obstacle(*arrays: jax.Array | jax.ShapeDtypeStruct) -> str | None:
     for a in arrays:
         if a.dtype != jnp.bfloat16:
             return f"takes bfloat16, not {a.dtype}"
-        if a.shape[-1] % 8:
-            return f"rows of {a.shape[-1]} elements are no multiple of 16 bytes"
+        if a.shape[-2] % 8 or a.shape[-1] % 64:
+            return f"a matrix of {a.shape[-2:]} is not of multiples of 8 and 64"
     return None
 
 
