@@ -10,6 +10,7 @@ stochastically.
 import json
 import sys
 import time
+from statistics import median
 from typing import Any
 
 import jax
@@ -88,10 +89,10 @@ def measure(cfg: Config, job: dict[str, Any]) -> dict[str, Any]:
         times.append(time.perf_counter() - began)
         losses.append(float(metrics["loss"]))
     stats = jax.devices()[0].memory_stats() or {}
-    timed = sorted(times[job["warmup"] :])
+    timed = times[job["warmup"] :]
     return {
-        "step_s": timed[len(timed) // 2],
-        "fastest_s": timed[0],
+        "step_s": median(timed),
+        "fastest_s": min(timed),
         "first_step_s": times[0],
         "compile_s": compile_seconds,
         "steps": len(timed),

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -211,10 +212,10 @@ def measure(
         times.append(time.perf_counter() - began)
         losses.append(loss.item())
     memory = torch.cuda.memory_stats() if cuda else {}
-    timed = sorted(times[job["warmup"] :])
+    timed = times[job["warmup"] :]
     return {
-        "step_s": timed[len(timed) // 2],
-        "fastest_s": timed[0],
+        "step_s": median(timed),
+        "fastest_s": min(timed),
         "first_step_s": times[0],
         "steps": len(timed),
         "peak_GiB": memory.get("allocated_bytes.all.peak", 0) / GIB,
