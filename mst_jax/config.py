@@ -209,6 +209,10 @@ class Config:
     out_dir: str = "runs/default"
     """Directory of checkpoints, metrics and plots. A run that finds its own
     checkpoints there resumes."""
+    compile_cache: str = "auto"
+    """Where compiled programs are kept for the next run: a directory, or 'off', or
+    'auto': JAX_COMPILATION_CACHE_DIR, or else a directory in XDG_CACHE_HOME, ~/.cache
+    if that is not set."""
     profile: bool = False
     """Write a profiler trace of three steps to out_dir/profile."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -23,9 +23,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mst_jax import hf
 from mst_jax.checkpoint import Checkpoints
+from mst_jax.compile_cache import CompileCache, compile_cache
 from mst_jax.config import Config, ModelConfig, to_dict
-from mst_jax.data import Data, load_data
-from mst_jax.gradients import layer_chunk_size, make_plan
+from mst_jax.data import load_data
+from mst_jax.description import describe
+from mst_jax.gradients import make_plan
 from mst_jax.hf_config import model_config_from_hf
 from mst_jax.memory import explained, fit
 from mst_jax.metrics import (
@@ -36,8 +38,6 @@ from mst_jax.metrics import (
     read_metrics,
 )
 from mst_jax.model import init_params
-from mst_jax.ops.attention import choose_implementation
-from mst_jax.ops.linear_cross_entropy import loss_chunk_size
 from mst_jax.optim import check_frozen
 from mst_jax.sharding import check_divisible, make_mesh, named, param_specs
 from mst_jax.train_step import (
@@ -69,8 +69,8 @@ def train(cfg: Config) -> dict[str, Any]:
     """
     console = Console()
     run = _Run(cfg, console)
-    with run.checkpoints:
-        return run.loop()
+    with run.checkpoints, compile_cache(run.cfg.compile_cache) as cache:
+        return run.loop(cache)
 
 
 class _Run:
@@ -189,7 +189,7 @@ class _Run:
 
     # --- the loop ---
 
-    def loop(self) -> dict[str, Any]:
+    def loop(self, cache: CompileCache) -> dict[str, Any]:
         cfg, out = self.cfg, self.out
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(to_dict(cfg), indent=2))
@@ -199,11 +199,11 @@ class _Run:
         step_fn = make_train_step(cfg, self.model, self.mesh)
         eval_fn = make_eval_step(cfg, self.model, self.mesh)
         tokens_a_step = cfg.train.accumulate * cfg.data.batch_size * cfg.data.seq_len
-        for line in describe(cfg, self.model, self.data):
-            self.console.print(line, highlight=False)
+        for line in describe(cfg, self.model, self.data, cache):
+            self.console.print(line, highlight=False, soft_wrap=True)
         if start < cfg.train.steps:
             with explained(cfg, self.model):
-                step_fn = self._compile(step_fn, state)
+                step_fn = self._compile(step_fn, state, cache)
         writer = MetricsWriter(out, start_step=start)
         summary: dict[str, Any] = {"step": start, "interrupted": False}
         rates: list[float] = []
@@ -264,17 +264,18 @@ class _Run:
         self._last_words(summary)
         return summary
 
-    def _compile(self, step_fn: Any, state: Any) -> Any:
+    def _compile(self, step_fn: Any, state: Any, cache: CompileCache) -> Any:
         shape = (
             self.cfg.train.accumulate, self.cfg.data.batch_size, self.cfg.data.seq_len,
         )  # fmt: skip
         names = ["tokens", "labels"]
         names += ["segment_ids", "positions"] if self.cfg.data.packing else []
         one = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
-        began = time.perf_counter()
+        began, hits = time.perf_counter(), cache.hits
         compiled = step_fn.lower(state, dict.fromkeys(names, one)).compile()
         memory = compiled.memory_analysis()
-        message = f"compiled in {time.perf_counter() - began:.1f} s"
+        how = "compiled" if cache.hits == hits else "read the compiled step"
+        message = f"{how} in {time.perf_counter() - began:.1f} s"
         if memory is not None:
             need = memory.argument_size_in_bytes + memory.temp_size_in_bytes
             message += (
@@ -342,42 +343,6 @@ class _Run:
         if summary["checkpoint"]:
             line += f", {summary['checkpoint']}; next: mst-jax export {out} {out}/hf"
         self.console.print(line, highlight=False, soft_wrap=True)
-
-
-def describe(cfg: Config, model: ModelConfig, data: Data) -> list[str]:
-    """Return the lines that say what will run: model, data, plan, and why."""
-    T = cfg.data.seq_len
-    batch = cfg.data.batch_size // (cfg.mesh.data * cfg.mesh.fsdp)
-    chunk = layer_chunk_size(cfg, model, batch, T)
-    head = cfg.train.loss_chunk_size or loss_chunk_size(batch, model.vocab_size)
-    name, why = choose_implementation(
-        model.head_size,
-        jnp.dtype(cfg.train.compute_dtype),
-        segmented=cfg.data.packing,
-    )
-    peak = peak_flops()
-    tokens = f"{data.num_tokens:,} tokens" if data.num_tokens else "streamed"
-    heads = model.num_kv_heads // cfg.train.head_groups
-    lines = [
-        f"model      {model.num_params:,} parameters in {cfg.optim.param_dtype}, "
-        f"computed in {cfg.train.compute_dtype}",
-        f"data       {cfg.data.source}: {tokens}, T = {T}, batch {cfg.data.batch_size} "
-        f"x {cfg.train.accumulate}",
-        f"layers     chunks of {chunk} of {T} tokens (xla)",
-        f"loss       chunks of {min(head, T)} of {T} tokens, gradients in the forward "
-        "pass (xla)",
-        f"attention  {name}, {heads} of {model.num_kv_heads} key/value heads at a time"
-        + (f": cuDNN {why}" if name == "xla" else ""),
-        f"plan       {make_plan(cfg, model).describe()}",
-        f"update     {cfg.optim.name}, "
-        + ("in the backward pass" if cfg.optim.in_backward else "after it"),
-        f"devices    {cfg.mesh.data * cfg.mesh.fsdp} x {jax.devices()[0].device_kind}"
-        + (f", peak {peak[1] / 1e12:.0f} TFLOP/s ({peak[0]})" if peak else ""),
-    ]
-    if data.unigram_entropy is not None:
-        entropy = f"{data.unigram_entropy:.4f} nats a token, held out"
-        lines.append(f"to beat    unigram entropy {entropy}")
-    return lines
 
 
 @contextmanager
