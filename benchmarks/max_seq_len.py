@@ -1,11 +1,15 @@
 """The longest sequences: which fit a budget, and whole steps at them.
 
-    python benchmarks/max_seq_len.py --out docs/benchmarks --measure 80-host-384k
+    python benchmarks/max_seq_len.py
+    python benchmarks/max_seq_len.py --rows 80-host-384k --measure 80-host-384k
 
-Each row is a model, a length, a memory budget and a plan. Every row's real train step
-is compiled on this GPU, which gives its peak; the rows that --measure names are also
-run, with JAX's memory pool limited to the budget, so that a step that needs more fails.
-Weights are random, made on the device. Writes a dated markdown, a CSV and a plot.
+Each row is a model, a length, a memory budget and a plan. Its real train step is
+compiled for the row's GPU, which needs none (`mst_jax/compile_only.py`, the CUDA
+plugin): 20 to 60 seconds a row on two cores. cuDNN's workspace, which such a
+compilation leaves out, is the planner's. The rows that --measure names are compiled and
+run on the GPU that is there instead, with JAX's memory pool limited to the budget, so
+that a step that needs more fails. Weights are random, made on the device. Writes a
+dated markdown, a CSV and a plot.
 """
 
 import argparse
@@ -22,10 +26,19 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from mst_jax.compile_only import compile_step
 from mst_jax.config import PRESETS, Config, DataConfig, OptimConfig, TrainConfig
 from mst_jax.gpus import GPUS
 from mst_jax.prediction import predict
+from mst_jax.step_memory import WORKSPACE
 
+HOW = {
+    "compiled": "compiled: NOT RUN. The real step compiled for the GPU in the row, "
+    "without one. compiled_GiB is XLA's peak, workspace_GiB what cuDNN's attention "
+    "takes besides, as measured on an H200; device_GiB is their sum",
+    "run": "run: on a GPU, with JAX's memory pool limited to the budget (pool_GiB). "
+    "compiled_GiB is XLA's peak there, device_GiB the allocator's",
+}
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 
@@ -37,7 +50,9 @@ class Row:
     name: str
     preset: str
     tokens: int
-    budget: int
+    gpu: str
+    """That the step is compiled for."""
+    budget: float
     """GiB of device memory."""
     host: int
     """GiB of host memory."""
@@ -45,25 +60,47 @@ class Row:
     head_groups: int = 8
     optimizer: str = "adamw"
     moments: str = "int8"
+    mlp_chunk_size: int | None = None
+    loss_chunk_size: int | None = None
+
+
+def lean(tokens: int, budget: float) -> Row:
+    """SGD in the least memory without a host's, against Liger's tiled MLP with
+    checkpointing at the same length."""
+    return Row(
+        f"lean-{tokens // 1024}k", "llama3_8b", tokens, "h200", budget, 0,
+        "* save=input", optimizer="sgd", moments="float32", mlp_chunk_size=4096,
+        loss_chunk_size=1024,
+    )  # fmt: skip
 
 
 ROWS = [
-    Row("80-bf16-100k", "llama3_8b", 102400, 80, 0, "* save=input", moments="bfloat16"),
-    Row("80-8bit-150k", "llama3_8b", 153600, 80, 0, "* save=input"),
+    lean(8192, 30.2),
+    lean(32768, 32.0),
+    lean(65536, 37.9),
     Row(
-        "80-host-384k", "llama3_8b", 393216, 80, 120,
-        "24 offload=input; 8 offload=input save=attention",
+        "80-bf16-100k", "llama3_8b", 102400, "h100", 80, 0, "* save=input",
+        moments="bfloat16",
     ),
-    Row("80-host-450k", "llama3_8b", 460800, 80, 120, "* offload=input"),
+    Row("80-8bit-150k", "llama3_8b", 153600, "h100", 80, 0, "* save=input"),
     Row(
-        "139-host-650k", "llama3_8b", 665600, 139, 120,
+        "80-host-384k", "llama3_8b", 393216, "h100", 80, 120,
+        "22 offload=input; 10 offload=input save=attention",
+    ),
+    Row("80-host-450k", "llama3_8b", 460800, "h100", 80, 120, "* offload=input"),
+    Row(
+        "139-host-650k", "llama3_8b", 665600, "h200", 139, 120,
         "23 offload=input; 9 save=input",
     ),
     Row(
-        "139-host-1200k", "llama3_8b", 1228800, 139, 120,
+        "139-host-1200k", "llama3_8b", 1228800, "h200", 139, 120,
         "24 offload=input every=2; 8 save=input every=2",
     ),
-    Row("24-1b-128k", "llama32_1b", 131072, 24, 0, "* save=input"),
+    Row("24-1b-128k", "llama32_1b", 131072, "rtx-4090", 24, 0, "* save=input"),
+    Row(
+        "15-1b-32k", "llama32_1b", 32768, "t4", 15, 0, "* save=input",
+        mlp_chunk_size=4096, loss_chunk_size=1024,
+    ),
 ]  # fmt: skip
 
 
@@ -78,12 +115,32 @@ def config(row: Row) -> Config:
             name=row.optimizer, moment_dtype=row.moments, param_dtype="bfloat16",
             warmup_steps=0, clip="layer", in_backward=True, learning_rate=1e-4,
         ),
-        train=TrainConfig(plan=row.plan, head_groups=row.head_groups),
+        train=TrainConfig(
+            plan=row.plan, head_groups=row.head_groups,
+            mlp_chunk_size=row.mlp_chunk_size, loss_chunk_size=row.loss_chunk_size,
+        ),
     )  # fmt: skip
 
 
+def compiled(row: Row) -> dict:
+    """Compile a row's step for its GPU, without one."""
+    cfg, model, gpu = config(row), PRESETS[row.preset], GPUS[row.gpu]
+    began = time.perf_counter()
+    step = compile_step(cfg, model, gpu)
+    seconds = time.perf_counter() - began
+    phases = predict(cfg, model, gpu).phases.values()
+    workspace = max(phase.get(WORKSPACE, 0) for phase in phases)
+    return {
+        "compiled_GiB": round(step.device / GIB, 2),
+        "workspace_GiB": round(workspace / GIB, 2),
+        "device_GiB": round((step.device + workspace) / GIB, 2),
+        "host_GiB": round(step.host / GIB, 2),
+        "compile_s": round(seconds),
+    }
+
+
 def one(row: Row, steps: int) -> dict:
-    """Compile a row's step, and run it `steps` times; in a process of its own."""
+    """Compile a row's step on this GPU, and run it `steps` times."""
     import jax
     import jax.numpy as jnp
 
@@ -109,8 +166,6 @@ def one(row: Row, steps: int) -> dict:
         "host_GiB": round(memory.host_temp_size_in_bytes / GIB, 2),
         "compile_s": round(seconds),
     }
-    if not steps:
-        return found
     state = jax.jit(start)()
     key = jax.random.key(0)
     tokens = jax.random.randint(key, shape.shape, 0, model.vocab_size)
@@ -126,7 +181,7 @@ def one(row: Row, steps: int) -> dict:
     return found | {
         "step_s": round(best, 1),
         "tokens_per_second": round(row.tokens / best),
-        "peak_GiB": round(stats["peak_bytes_in_use"] / GIB, 2),
+        "device_GiB": round(stats["peak_bytes_in_use"] / GIB, 2),
         "pool_GiB": round(stats["bytes_limit"] / GIB, 2),
         "losses": " ".join(f"{x:.4f}" for x in losses),
         "grad_norm": round(float(metrics["grad_norm"]), 4),
@@ -161,24 +216,40 @@ def main() -> None:
     rows = {r.name: r for r in ROWS}
     if unknown := {*args.rows, *args.measure} - {*rows}:
         raise SystemExit(f"no rows {sorted(unknown)}; there are {[*rows]}")
+    if args.steps < 1:
+        raise SystemExit("--steps must be at least 1: other rows are compiled only")
     if args.one:
         print(json.dumps(one(rows[args.one], args.steps)))
         return
+    kind, total = present_gpu() if args.measure else ("", 0.0)
+    results = []
+    for row in (rows[name] for name in args.rows):
+        if row.name in args.measure:
+            found = {"how": "run"} | in_process(row, args.steps, total)
+        else:
+            found = {"how": "compiled"} | compiled(row)
+        if "error" not in found:
+            fits = found["device_GiB"] <= row.budget and found["host_GiB"] <= row.host
+            found["fits"] = "yes" if fits else "NO"
+        results.append(asdict(row) | found)
+        print(json.dumps(results[-1]), flush=True)
+    write(args, kind, results)
+
+
+def present_gpu() -> tuple[str, float]:
+    """Return the name and the memory, in GiB, of this machine's GPU."""
     query = (
         "import jax; d = jax.devices()[0]; print(d.device_kind); "
         "print(d.memory_stats()['bytes_limit'])"
     )
     env = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "1.0"}
-    kind, total = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", query], env=env, capture_output=True, text=True
-    ).stdout.split("\n")[:2]
-    results = []
-    for name in args.rows:
-        steps = args.steps if name in args.measure else 0
-        found = in_process(rows[name], steps, int(total) / GIB)
-        results.append(asdict(rows[name]) | found)
-        print(results[-1], flush=True)
-    write(args, kind, results)
+    )
+    if done.returncode:
+        raise SystemExit(f"--measure needs a GPU:\n{done.stderr[-1500:]}")
+    kind, total = done.stdout.split("\n")[:2]
+    return kind, int(total) / GIB
 
 
 def write(args, kind: str, results: list[dict]) -> None:
@@ -196,12 +267,17 @@ def write(args, kind: str, results: list[dict]) -> None:
     lines = [
         f"# Longest sequences, {date}",
         "",
-        f"- GPU: {kind}; Python {platform.python_version()}, {versions}",
+        f"- Python {platform.python_version()}, {versions}",
         f"- command: `python {' '.join(sys.argv)}`",
-        "- full fine-tuning, batch 1, random bf16 weights, optimizer in the backward "
-        "pass, gradients clipped by layer",
-        "- compiled_GiB: state and temporaries of the compiled step. Rows with step_s "
-        "were run, the pool limited to the budget.",
+        "- every parameter trained, batch 1, bf16 weights with stochastic rounding, "
+        "optimizer in the backward pass, gradients clipped by layer; memory in GiB",
+        *[
+            f"- {line}"
+            for how, line in HOW.items()
+            if any(r["how"] == how for r in results)
+        ],
+        *([f"- run on: {kind}"] if kind else []),
+        "- fits: device_GiB is at most the budget, host_GiB at most the host's",
         "",
         "| " + " | ".join(columns) + " |",
         "|" + " --- |" * len(columns),
@@ -212,25 +288,29 @@ def write(args, kind: str, results: list[dict]) -> None:
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
     plot(results, stem.with_suffix(".png"))
     print("\n".join(lines))
-    if any("error" in r for r in results):
-        raise SystemExit("a row failed")
+    if any(r.get("fits") != "yes" for r in results):
+        raise SystemExit("a row failed, or does not fit")
 
 
 def plot(results: list[dict], path: Path) -> None:
     """Draw device and host memory of each row as bars."""
     from matplotlib.figure import Figure
 
-    whole = [r for r in results if "compiled_GiB" in r]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    whole = [r for r in results if "device_GiB" in r]
+    figure = Figure(figsize=(1.1 * len(whole) + 1.5, 4.5), layout="constrained")
     axes = figure.add_subplot(ylabel="GiB")
-    names = [f"{r['tokens'] // 1024}K\n{r['preset']}\n{r['moments']}" for r in whole]
+    names = [
+        f"{r['tokens'] // 1024}K\n{r['preset']}\n{r['optimizer']}"
+        f"{' ' + r['moments'] if r['optimizer'] != 'sgd' else ''}\n{r['how']}"
+        for r in whole
+    ]
     places = range(len(whole))
-    axes.bar([i - 0.2 for i in places], [r["compiled_GiB"] for r in whole], 0.4)
+    axes.bar([i - 0.2 for i in places], [r["device_GiB"] for r in whole], 0.4)
     axes.bar([i + 0.2 for i in places], [r["host_GiB"] for r in whole], 0.4)
     for i, r in enumerate(whole):
         axes.hlines(r["budget"], i - 0.4, i, colors="k", linestyles=":")
     axes.set_xticks(list(places), names, fontsize=7)
-    axes.legend(["device budget", "device", "host"])
+    axes.legend(["device budget", "device", "host"], loc="upper left")
     figure.savefig(path, dpi=120)
 
 
