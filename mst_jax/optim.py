@@ -11,6 +11,7 @@ is unbiased, E[round(x)] = x.
 """
 
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,7 +46,7 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation
     """Return the optax transformation for one layer's parameters.
 
     Clipping is not part of it: the global norm is that of all layers, see
-    `train_step.py`.
+    `clip_factor`.
     """
     optimizer = _in_full_precision(cfg, make_schedule(cfg, steps))
     if cfg.moment_dtype == "float32":
@@ -201,6 +202,31 @@ def unit_key(key: jax.Array, unit: Any) -> jax.Array:
     if isinstance(unit, str):
         unit = 2**31 + zlib.crc32(unit.encode()) % 2**31  # above every layer's
     return jax.random.fold_in(key, jnp.uint32(unit))
+
+
+def squared_norm(tree: Any) -> Float[Array, ""]:
+    """Return the sum of all squares, in f32."""
+    leaves = [jnp.sum(jnp.square(a)) for a in jax.tree.leaves(f32(tree))]
+    return sum(leaves, jnp.zeros((), jnp.float32))
+
+
+def clip_factor(
+    cfg: OptimConfig, norm: Callable[[], Float[Array, ""]]
+) -> Float[Array, ""] | float:
+    """Return what clipping by the global norm multiplies all gradients with.
+
+    Args:
+        cfg: whether to clip so, and to which norm.
+        norm: called, only if it is needed, for the norm of all gradients.
+    """
+    if cfg.clip != "global" or cfg.clip_norm is None:
+        return 1.0
+    return jnp.minimum(1, cfg.clip_norm / (norm() + 1e-12))
+
+
+def layer_clip(cfg: OptimConfig) -> float | None:
+    """Return the norm that each layer's gradients are clipped to, apart."""
+    return cfg.clip_norm if cfg.clip == "layer" else None
 
 
 def at(stacks: Any, i: Any) -> Any:

@@ -7,8 +7,7 @@ the same however the batch is cut.
 
 Two kinds of step give the same parameters. The ordinary one collects all gradients and
 then updates. With `in_backward` each layer is updated as soon as its gradient is there,
-so that no whole gradient is ever held; the global norm for clipping then takes a
-backward pass of its own.
+so that no whole gradient is ever held (`layerwise.py`).
 """
 
 from collections.abc import Callable
@@ -21,27 +20,22 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from mst_jax.config import Config, ModelConfig
-from mst_jax.gradients import (
-    Batch,
-    compute_layer,
-    embedding_gradient,
-    forward,
-)
+from mst_jax.gradients import Batch, compute_layer, embedding_gradient, forward
+from mst_jax.layerwise import step_in_backward
 from mst_jax.loss import next_token_loss
 from mst_jax.model import from_params
 from mst_jax.optim import (
     at,
-    f32,
+    clip_factor,
     init_state,
     join_frozen,
+    layer_clip,
     make_optimizer,
     make_schedule,
     put,
     split_frozen,
-    unit_key,
+    squared_norm,
     update,
-    update_layer,
-    update_one,
 )
 from mst_jax.sharding import BATCH_AXES, gather, named, param_specs, scatter
 from mst_jax.stack import stack_backward
@@ -195,7 +189,7 @@ def make_train_step(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...
     optimizer = make_optimizer(cfg.optim, cfg.train.steps)
     schedule = make_schedule(cfg.optim, cfg.train.steps)
     if cfg.optim.in_backward:
-        run = partial(_step_in_backward, cfg, model, optimizer)
+        run = partial(step_in_backward, cfg, model, optimizer)
     else:
         run = partial(
             _step_after_backward, cfg, make_gradients(cfg, model, mesh), optimizer
@@ -224,87 +218,13 @@ def _step_after_backward(cfg, gradients_of, optimizer, state, batch, key):
     total, count, gradients = gradients_of(state["params"], batch)
     scale = 1 / jnp.maximum(count, 1)
     norm = jnp.sqrt(_all_squares(gradients)) * scale
-    scale *= _clip_factor(cfg, norm)
+    scale *= clip_factor(cfg.optim, lambda: norm)
     trained, frozen = split_frozen(state["params"], cfg.optim.freeze)
     trained, opt = update(
         optimizer, trained, gradients, state["opt"],
-        scale=scale, key=key, clip_norm=_layer_clip(cfg),
+        scale=scale, key=key, clip_norm=layer_clip(cfg.optim),
     )  # fmt: skip
     return join_frozen(trained, frozen), opt, (total, count, norm)
-
-
-def _step_in_backward(cfg, model, optimizer, state, batch, key):
-    """Update head, layers and embedding one after the other on the way back."""
-    batch = jax.tree.map(lambda a: a[0], batch)
-    trained, frozen = split_frozen(state["params"], cfg.optim.freeze)
-    opt = dict(state["opt"])
-    rest, layers = _split(state["params"])
-    frozen_layers = frozen.get("layers", {})
-
-    def weights_at(stack, i):
-        return compute_layer(at(join_frozen(stack, frozen_layers), i), cfg)
-
-    def train_only(gradients):
-        return split_frozen({"layers": gradients}, cfg.optim.freeze)[0].get(
-            "layers", {}
-        )
-
-    stack = trained.get("layers", {})
-    run = forward(cfg, model, rest, partial(weights_at, stack), batch)
-    backward = partial(stack_backward, run.plan, run.kept, run.dy, run.ctx)
-    embeds = "embed" in trained
-
-    def embed_gradient(dx):
-        tied = run.d_head.get("embed")
-        return embedding_gradient(batch["tokens"], dx, rest["embed"], tied)
-
-    scale = 1 / jnp.maximum(run.count, 1)
-    heads = {name: g for name, g in run.d_head.items() if name != "embed"}
-    squares = _squares(heads)
-    if cfg.optim.clip == "global" and cfg.optim.clip_norm is not None:
-        dx, squares = backward(
-            squares,
-            weights_at=lambda _, i: weights_at(stack, i),
-            consume=lambda s, i, g: s + _squares(train_only(g)),
-        )
-        squares += _squares(embed_gradient(dx) if embeds else {})
-        scale *= _clip_factor(cfg, jnp.sqrt(squares) * scale)
-        squares = _squares(heads)
-
-    options = {"scale": scale, "clip_norm": _layer_clip(cfg)}
-
-    def update_rest(name, gradients):
-        trained[name], opt[name] = update_one(
-            optimizer, trained[name], gradients, opt[name],
-            key=unit_key(key, name), **options,
-        )  # fmt: skip
-
-    for name, gradients in heads.items():
-        update_rest(name, gradients)
-
-    def consume(carry, i, gradients):
-        stacks, squares = carry
-        gradients = train_only(gradients)
-        if gradients:
-            stacks = update_layer(
-                optimizer, stacks, i, gradients,
-                key=key, **options,
-            )  # fmt: skip
-        return stacks, squares + _squares(gradients)
-
-    dx, (stacks, squares) = backward(
-        ((stack, opt.get("layers", {})), squares),
-        weights_at=lambda carry, i: weights_at(carry[0][0], i),
-        consume=consume,
-    )
-    if stack:
-        trained["layers"], opt["layers"] = stacks
-    if embeds:
-        gradients = embed_gradient(dx)
-        squares += _squares(gradients)
-        update_rest("embed", gradients)
-    norm = jnp.sqrt(squares) * (1 / jnp.maximum(run.count, 1))
-    return join_frozen(trained, frozen), opt, (run.total, run.count, norm)
 
 
 def make_eval_step(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[..., Any]:
@@ -357,29 +277,15 @@ def _split(params: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     return {k: v for k, v in params.items() if k != "layers"}, params["layers"]
 
 
-def _squares(tree: Any) -> jax.Array:
-    leaves = [jnp.sum(jnp.square(a)) for a in jax.tree.leaves(f32(tree))]
-    return sum(leaves, jnp.zeros((), jnp.float32))
-
-
 def _all_squares(gradients: Any) -> jax.Array:
     """Add up in the order of the backward pass, so that both steps clip alike."""
     rest, layers = _split({"layers": {}, **gradients})
-    squares = _squares({name: g for name, g in rest.items() if name != "embed"})
+    squares = squared_norm({name: g for name, g in rest.items() if name != "embed"})
     if layers:
         num_layers = jax.tree.leaves(layers)[0].shape[0]
-        squares = jax.lax.fori_loop(
-            0, num_layers,
-            lambda t, total: total + _squares(at(layers, num_layers - 1 - t)), squares,
-        )  # fmt: skip
-    return squares + _squares(rest.get("embed", {}))
 
+        def add(t, total):
+            return total + squared_norm(at(layers, num_layers - 1 - t))
 
-def _clip_factor(cfg: Config, norm: jax.Array) -> jax.Array | float:
-    if cfg.optim.clip != "global" or cfg.optim.clip_norm is None:
-        return 1.0
-    return jnp.minimum(1, cfg.optim.clip_norm / (norm + 1e-12))
-
-
-def _layer_clip(cfg: Config) -> float | None:
-    return cfg.optim.clip_norm if cfg.optim.clip == "layer" else None
+        squares = jax.lax.fori_loop(0, num_layers, add, squares)
+    return squares + squared_norm(rest.get("embed", {}))
