@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mst_jax.ops.linear_cross_entropy.xla import Options
+from mst_jax.ops.matmul import matmul
 
 TILE_N = 256
 """Columns of a tile of statistics."""
@@ -81,26 +82,24 @@ def obstacle(options: Options, width: int, dtype) -> str | None:
         return f"JAX {jax.__version__} is older than 0.11.2"
     if dtype != jnp.bfloat16:
         return f"takes bfloat16, not {dtype}"
-    if width % 8:
-        return f"D={width} is no multiple of 8"
+    if width % 64:
+        return f"D={width} is no multiple of 64"
     if options.logit_softcap and options.label_smoothing:
         return "has no label smoothing together with a softcap"
     return None
 
 
 def prepare(weight):
-    """[D, V] -> [D, V rounded up to 8]: TMA's rows are multiples of 16 bytes."""
-    return jnp.pad(weight, ((0, 0), (0, -weight.shape[1] % 8)))
+    """[D, V] -> [D, V rounded up to 64]: TMA moves 64 columns at a time."""
+    return jnp.pad(weight, ((0, 0), (0, -weight.shape[1] % 64)))
 
 
 def chunk_losses(options: Options, x, weight, labels, vocab_size: int):
     """[B, C, D] -> losses [B, C], f32, with no more than statistics in memory."""
-    rows, flat = labels.size, labels.reshape(-1)
-    statistics = logits_kernel(
-        x.reshape(rows, -1), weight, flat, vocab_size, options, write=False
-    )
+    x, flat = _rows(x, labels)
+    statistics = logits_kernel(x, weight, flat, vocab_size, options, write=False)
     losses, *_ = _losses(options, list(statistics), flat, vocab_size)
-    return losses[:rows].reshape(labels.shape)
+    return losses[: labels.size].reshape(labels.shape)
 
 
 def chunk_gradients(
@@ -110,13 +109,13 @@ def chunk_gradients(
 
     dweight of None stays None, and dx is None unless `wants_x`.
     """
-    shape, x = x.shape, x.reshape(-1, x.shape[-1])
-    flat = labels.reshape(-1)
+    shape, count = x.shape, labels.size
+    x, flat = _rows(x, labels)
     *statistics, p = logits_kernel(x, weight, flat, vocab_size, options, write=True)
     losses, lse, label_logit, labels_padded = _losses(
         options, statistics, flat, vocab_size
     )
-    pad = lse.shape[0] - flat.shape[0]
+    pad = lse.shape[0] - count
     weights = jnp.pad(weights.reshape(-1), (0, pad))
     scale, smooth, at_label = _coefficients(
         options, statistics[0], lse, label_logit, weights, vocab_size
@@ -124,13 +123,19 @@ def chunk_gradients(
     p_ref = jax.new_ref(p)
     gradient_kernel(p_ref, scale, smooth, at_label, labels_padded)
     dlogits = jax.freeze(p_ref)
-    dx = jnp.einsum("CV,DV->CD", dlogits, weight) if wants_x else None
+    dx = None
+    if wants_x:
+        dx = matmul(dlogits, weight, transpose_b=True)[:count].reshape(shape)
     if dweight is not None:
-        dweight += jnp.einsum(
-            "CD,CV->DV", x, dlogits, preferred_element_type=jnp.float32
-        )
-    dx = None if dx is None else dx.reshape(shape)
-    return losses[: flat.shape[0]].reshape(labels.shape), dx, dweight
+        dweight = matmul(x, dlogits, transpose_a=True, total=dweight)
+    return losses[:count].reshape(labels.shape), dx, dweight
+
+
+def _rows(x, labels):
+    """Return x as [C, D] and labels as [C], C rounded up to what TMA moves at once."""
+    x, labels = x.reshape(-1, x.shape[-1]), labels.reshape(-1)
+    pad = -labels.shape[0] % 8
+    return jnp.pad(x, ((0, pad), (0, 0))), jnp.pad(labels, (0, pad))
 
 
 def _losses(options: Options, statistics, labels, vocab_size: int):
