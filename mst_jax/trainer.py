@@ -60,7 +60,8 @@ def train(cfg: Config) -> dict[str, Any]:
 
     Returns:
         A summary: `step`, `loss`, `eval_loss`, `tokens_per_second` (median),
-        `peak_memory_bytes`, `checkpoint`, `interrupted`.
+        `peak_memory_bytes`, `checkpoint`, `interrupted`; from an HF checkpoint also
+        `load_bytes` and `load_seconds`.
 
     Raises:
         ValueError, FileNotFoundError: a config, data or checkpoint that cannot work.
@@ -76,6 +77,7 @@ def train(cfg: Config) -> dict[str, Any]:
 class _Run:
     def __init__(self, cfg: Config, console: Console):
         self.cfg, self.console = cfg, console
+        self.loaded: dict[str, Any] = {}
         self.out = Path(cfg.out_dir)
         self.source = hf.resolve(cfg.init_from) if cfg.init_from else None
         model = model_config_from_hf(self.source) if self.source else cfg.model
@@ -145,6 +147,7 @@ class _Run:
         self.console.print(
             f"read {size:.2f} GiB of weights in {seconds:.1f} s", highlight=False
         )
+        self.loaded = {"load_seconds": seconds, "load_bytes": int(size * 2**30)}
         start = jax.jit(
             lambda p: init_train_state(self.cfg, p),
             donate_argnums=0,
@@ -205,7 +208,7 @@ class _Run:
             with explained(cfg, self.model):
                 step_fn = self._compile(step_fn, state, cache)
         writer = MetricsWriter(out, start_step=start)
-        summary: dict[str, Any] = {"step": start, "interrupted": False}
+        summary: dict[str, Any] = {"step": start, "interrupted": False, **self.loaded}
         rates: list[float] = []
         step = saved = logged = start
         with (
