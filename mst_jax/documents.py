@@ -63,9 +63,15 @@ def _read_hf(cfg: DataConfig, start: int) -> Iterator[str]:
             'pip install "mst-jax[datasets]"'
         ) from error
     name, _, config = cfg.source.removeprefix("hf:").partition(":")
-    rows: Any = datasets.load_dataset(
-        name, config or None, split="train", streaming=cfg.streaming
-    )
+    try:
+        rows: Any = datasets.load_dataset(
+            name, config or None, split="train", streaming=cfg.streaming
+        )
+    except (OSError, ValueError) as error:  # no such data, no network, no such split
+        raise ValueError(
+            f"DataConfig.source={cfg.source!r} is no Hugging Face dataset that can be "
+            f"read: {type(error).__name__}: {error}"
+        ) from error
     for number, row in enumerate(rows.skip(start) if start else rows, start):
         yield _text(row, cfg.text_field, f"{cfg.source} row {number}")
 

@@ -58,8 +58,18 @@ def model_config_from_hf(hf: dict[str, Any] | str | Path) -> ModelConfig:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    path = path / "config.json" if path.is_dir() else path
-    return json.loads(path.read_text())
+    if path.is_dir():
+        directory, path = path, path / "config.json"
+        if not path.exists():
+            there = sorted(p.name for p in directory.iterdir())[:10]
+            raise FileNotFoundError(
+                f"{directory} is no Hugging Face checkpoint: it has no config.json, "
+                f"only {there}"
+            )
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def _rope_from_hf(hf: dict[str, Any]) -> RopeConfig:

@@ -7,6 +7,7 @@ and, on a CPU, ends bit for bit where an uninterrupted run would have.
 
 import json
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -79,6 +80,7 @@ class _Run:
         self.cfg, self.console = cfg, console
         self.loaded: dict[str, Any] = {}
         self.out = Path(cfg.out_dir)
+        check_writable(self.out)
         self.source = hf.resolve(cfg.init_from) if cfg.init_from else None
         model = model_config_from_hf(self.source) if self.source else cfg.model
         assert model is not None  # Config makes sure of it
@@ -346,6 +348,21 @@ class _Run:
         if summary["checkpoint"]:
             line += f", {summary['checkpoint']}; next: mst-jax export {out} {out}/hf"
         self.console.print(line, highlight=False, soft_wrap=True)
+
+
+def check_writable(directory: Path) -> None:
+    """Raise ValueError if no run could be written there. Makes nothing yet."""
+    there = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    if not there.is_dir():
+        problem = f"{there} is a file"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        problem = f"{there} cannot be written"
+    else:
+        return
+    raise ValueError(
+        f"Config.out_dir={str(directory)!r} cannot hold a run: {problem}; choose "
+        "another --out-dir"
+    )
 
 
 @contextmanager

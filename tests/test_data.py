@@ -387,6 +387,15 @@ def test_missing_datasets_package(monkeypatch):
         load_data(config("hf:name"), None)
 
 
+def test_hf_dataset_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"source='hf:.*none' is no Hugging Face data"):
+        load_data(config(f"hf:{tmp_path / 'none'}"), None)
+    (tmp_path / "d").mkdir()
+    write_text(tmp_path / "d" / "test.jsonl", TEXTS)  # no training split
+    with pytest.raises(ValueError, match=r'is no Hugging Face data.*split "train"'):
+        load_data(config(f"hf:{tmp_path / 'd'}", text_field="body"), None)
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.txt' is no file .*stdlib"):
         load_data(config(tmp_path / "nothing.txt"), None)

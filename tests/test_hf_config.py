@@ -166,5 +166,11 @@ def test_names_every_missing_key():
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"no Hugging .* no config\.json"):
+        model_config_from_hf(tmp_path)
+
+
+def test_config_json_that_is_torn(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "lla')
+    with pytest.raises(ValueError, match=r"config\.json is not JSON: "):
         model_config_from_hf(tmp_path)

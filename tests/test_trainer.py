@@ -305,12 +305,16 @@ def test_help_lists_the_recipes(capsys):
         (["--config", "TINY", "--mesh.data", "64", "--data.batch-size", "64"], "64"),
         (["--config", "TINY", "--optim.learning-rate", "-1"], "learning_rate=-1"),
         (["--config", "TINY", "--init-from", "/x"], "both a model and init_from"),
+        (["--config", "TINY", "--out-dir", __file__], "test_trainer.py is a file"),
+        (["--config", "TINY", "--out-dir", f"{__file__}/x"], "cannot hold a run"),
+        (["--config", "TINY", "--compile-cache", f"{__file__}/x"], "compile_cache='"),
+        (["--config", "TINY", "--train.command-buffers", "all"], "command-buffers"),
     ],
 )
 def test_bad_commands(args, message, capsys, tmp_path):
     tiny = str(ROOT / "configs" / "tiny.py")
     args = [tiny if a == "TINY" else a for a in args]
-    if "--config" in args and len(args) > 2:
+    if "--config" in args and len(args) > 2 and "--out-dir" not in args:
         args += ["--out-dir", str(tmp_path / "out")]
     try:
         status = train_main(ROOT / "configs", args)
