@@ -283,7 +283,7 @@ def write(args, kind: str, results: list[dict]) -> None:
         "|" + " --- |" * len(columns),
     ]
     lines += [
-        "| " + " | ".join(str(r.get(c, "")) for c in columns) + " |" for r in results
+        "| " + " | ".join(_cell(r.get(c)) for c in columns) + " |" for r in results
     ]
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
     plot(results, stem.with_suffix(".png"))
@@ -292,25 +292,31 @@ def write(args, kind: str, results: list[dict]) -> None:
         raise SystemExit("a row failed, or does not fit")
 
 
+def _cell(value: object) -> str:
+    return "" if value is None else str(value)
+
+
 def plot(results: list[dict], path: Path) -> None:
     """Draw device and host memory of each row as bars."""
     from matplotlib.figure import Figure
 
     whole = [r for r in results if "device_GiB" in r]
-    figure = Figure(figsize=(1.1 * len(whole) + 1.5, 4.5), layout="constrained")
+    figure = Figure(figsize=(0.9 * len(whole) + 1.5, 5), layout="constrained")
     axes = figure.add_subplot(ylabel="GiB")
     names = [
         f"{r['tokens'] // 1024}K\n{r['preset']}\n{r['optimizer']}"
-        f"{' ' + r['moments'] if r['optimizer'] != 'sgd' else ''}\n{r['how']}"
+        f"\n{'' if r['optimizer'] == 'sgd' else r['moments']}\n{r['how']}"
         for r in whole
     ]
-    places = range(len(whole))
-    axes.bar([i - 0.2 for i in places], [r["device_GiB"] for r in whole], 0.4)
-    axes.bar([i + 0.2 for i in places], [r["host_GiB"] for r in whole], 0.4)
     for i, r in enumerate(whole):
-        axes.hlines(r["budget"], i - 0.4, i, colors="k", linestyles=":")
-    axes.set_xticks(list(places), names, fontsize=7)
-    axes.legend(["device budget", "device", "host"], loc="upper left")
+        labels = ["device", "host", "device budget"] if i == 0 else [None] * 3
+        axes.bar(i - 0.2, r["device_GiB"], 0.4, color="C0", label=labels[0])
+        axes.bar(i + 0.2, r["host_GiB"], 0.4, color="C1", label=labels[1])
+        axes.hlines(
+            r["budget"], i - 0.4, i, colors="k", linestyles=":", label=labels[2]
+        )
+    axes.set_xticks(range(len(whole)), names, fontsize=7)
+    axes.legend(loc="upper left")
     figure.savefig(path, dpi=120)
 
 

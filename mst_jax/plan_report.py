@@ -138,23 +138,28 @@ def plot_memory(
 
     tokens = [cfg.data.seq_len for cfg, _ in rows]
     names = dict.fromkeys(name for _, p in rows for name in p.components)
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    sizes = {name: [p.components.get(name, 0) / GIB for _, p in rows] for name in names}
+    sizes = {name: values for name, values in sizes.items() if any(values)}
+    figure = Figure(figsize=(9, 6 if host_bytes else 4.5), layout="constrained")
     figure.suptitle(title)
-    device, host = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    device.stackplot(
-        tokens,
-        [[p.components.get(name, 0) / GIB for _, p in rows] for name in names],
-        labels=list(names),
-    )
-    host.plot(tokens, [p.peak_host / GIB for _, p in rows], "o-", markersize=3)
-    for axes, budget, label in (
-        (device, device_bytes, "device GiB"),
-        (host, host_bytes, "pinned host GiB"),
-    ):
+    if host_bytes:
+        panels = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+        host = [p.peak_host / GIB for _, p in rows]
+        panels[1].plot(tokens, host, "o-", markersize=3)
+    else:
+        panels = [figure.subplots()]
+    panels[0].stackplot(tokens, list(sizes.values()), labels=list(sizes))
+    limits = (device_bytes, "device GiB"), (host_bytes, "pinned host GiB")
+    for axes, (budget, label) in zip(panels, limits, strict=False):
         axes.axhline(budget / GIB, color="black", linestyle="--", linewidth=1)
         axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
         axes.set_xscale("log", base=2)
+        axes.set_xticks(tokens, [f"{t / 1024:.3g}K" for t in tokens])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
-    host.set_xlabel("tokens of a sequence")
-    device.legend(loc="upper left", fontsize="small")
+    panels[-1].set_xlabel("tokens of a sequence")
+    panels[0].legend(
+        reverse=True, loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small"
+    )
     figure.savefig(path, dpi=120)
