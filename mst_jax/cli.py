@@ -192,8 +192,8 @@ def plan(args: Plan) -> None:
     if args.device_memory is not None:
         device = parse_bytes(args.device_memory)
     text, planned, prediction = report(
-        cfg, model, gpu, seq_len=args.seq_len, device_bytes=device,
-        host_bytes=parse_bytes(args.host_memory), png=args.out,
+        cfg, model, gpu, recipe=args.config, seq_len=args.seq_len,
+        device_bytes=device, host_bytes=parse_bytes(args.host_memory), png=args.out,
     )  # fmt: skip
     print(text)
     if args.verify:

@@ -41,6 +41,7 @@ def report(
     model: ModelConfig,
     gpu: Gpu,
     *,
+    recipe: Path,
     seq_len: int | None,
     device_bytes: int,
     host_bytes: int,
@@ -52,6 +53,7 @@ def report(
         cfg: the run.
         model: its shape.
         gpu: where it runs.
+        recipe: the run's file, for the command.
         seq_len: tokens; None is the longest that fits.
         device_bytes: budget.
         host_bytes: budget.
@@ -71,7 +73,8 @@ def report(
     if seq_len is None:
         found = longest_sequence(cfg, model, gpu, *budget)
         limit = memory_limit(found[0], model, gpu, *budget)
-        first = f"The longest sequence is {found[0].data.seq_len} tokens: {limit}."
+        tokens = found[0].data.seq_len
+        first = f"The longest sequence is {tokens} tokens, limited by {limit}."
     else:
         found = fastest_plan(at_length(seq_len), model, gpu, *budget)
         first = f"The fastest plan for {seq_len} tokens:"
@@ -93,21 +96,22 @@ def report(
         f"At its peak ({prediction.peak_phase}): {parts(prediction)}.",
         f"A step takes {prediction.step_seconds:.2f} s: {spent}.",
         f"Figure: {png}\n",
-        command(planned, prediction, gpu, device_bytes),
+        command(planned, gpu, recipe, device_bytes),
     ]
     return "\n".join(text), planned, prediction
 
 
-def command(cfg: Config, prediction: Prediction, gpu: Gpu, device_bytes: int) -> str:
-    """Return what to set for the run."""
-    # JAX takes three quarters of the device, and its host pool doubles as it grows.
+def command(cfg: Config, gpu: Gpu, recipe: Path, device_bytes: int) -> str:
+    """Return the command of the run."""
+    # JAX takes three quarters of the device if it is not told.
     fraction = min(0.97, device_bytes / gpu.memory + 0.03)
-    settings = [f"XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f}"]
-    if prediction.peak_host:
-        limit = prediction.peak_host // GIB + 1
-        settings.append(f"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB={limit}")
-    length = f"--data.seq-len {cfg.data.seq_len}"
-    return "\n".join([" ".join(settings), length, *options(cfg.train)])
+    lines = [
+        f"XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f} python train.py",
+        f"--config {recipe}",
+        f"--data.seq-len {cfg.data.seq_len}",
+        *options(cfg.train),
+    ]
+    return " \\\n    ".join(lines)
 
 
 def lengths(longest: int, count: int) -> list[int]:

@@ -123,11 +123,13 @@ def default_budget(gpu: Gpu) -> int:
 
 
 def options(train: TrainConfig) -> list[str]:
-    """Return the options of `train.py` that set what the planner chooses."""
+    """Return the options of `train.py` that set what the planner has chosen."""
+    prefetch = f"--train.{'' if train.prefetch else 'no-'}prefetch"
     return [
+        "--train.memory-budget None --train.host-memory None",  # no planning again
         f"--train.plan '{train.plan}'",
         f"--train.head-groups {train.head_groups}",
-        f"--train.{'' if train.prefetch else 'no-'}prefetch",
+        *([prefetch] if "offload" in train.plan else []),
         f"--train.mlp-chunk-size {train.mlp_chunk_size}",
         f"--train.loss-chunk-size {train.loss_chunk_size}",
     ]
@@ -273,22 +275,24 @@ def _too_long(cfg, model, gpu, budget) -> str:
         f"peak: {parts(least[1])}."
     ]
     for change, changed, host in _changes(cfg, budget[1]):
-        _, prediction = _least(changed, model, gpu, host)
+        _, prediction = found = _least(changed, model, gpu, host)
         saved = least[1].peak_device - prediction.peak_device
+        fits = _within(found, (budget[0], host))
+        if change is None:
+            change = f"{gib(prediction.peak_host)} of host memory"
         if saved > 0:
-            fits = "; then it fits" if prediction.peak_device <= budget[0] else ""
-            if change is None:
-                change = f"{gib(prediction.peak_host)} of host memory"
-            lines.append(f"{change} saves {gib(saved)}{fits}.")
+            lines.append(f"{change} saves {gib(saved)}{'; then it fits' * fits}.")
+        elif fits:
+            lines.append(f"With {change} it fits.")
     return " ".join(lines)
 
 
 def _least(cfg, model, gpu, host_bytes):
-    """The candidate of least device memory within the host's."""
+    """The candidate of least device memory within the host's; of equals the leanest."""
     L = model.num_layers
     cut = _cuts(cfg, model)[-1]
     found = []
-    for plan in (p for p in PURE if L % _every(p) == 0):
+    for plan in (p for p in reversed(PURE) if L % _every(p) == 0):
         train = replace(cfg.train, plan=_by_name(plan), **cut)
         changed = replace(cfg, train=train)
         found.append((changed, predict(changed, model, gpu)))
@@ -304,6 +308,8 @@ def _changes(cfg: Config, host_bytes: int) -> Iterator[tuple[str | None, Config,
         options["in_backward"] = True
     if optim.name in ("adamw", "lion"):
         options |= {"moment_dtype": "int8", "name": "adafactor"}
+    if optim.state_on_host:
+        options["state_on_host"] = False
     for key, value in options.items():
         if getattr(optim, key) == value:
             continue

@@ -6,11 +6,13 @@ not there: they need the CUDA plugin (`pip install ".[cuda13]"`).
 
 import dataclasses
 import importlib.util
+import shlex
 import sys
 from pathlib import Path
 
 import jax
 import pytest
+import tyro
 
 from mst_jax import cli
 from mst_jax.compile_only import compile_step
@@ -289,6 +291,19 @@ def test_host_memory_would_make_room():
         fastest_plan(config(), LLAMA, H200, 30 * GIB)
 
 
+def test_too_little_host_memory_for_the_optimizer_state():
+    adamw = {"name": "adamw", "clip_norm": 1.0, "clip": "layer", "state_on_host": True}
+    cfg, p = longest_sequence(config(optim=adamw), LLAMA, H200, None, 120 * GIB)
+    assert p.host["optimizer state"] == pytest.approx(52 * GIB, rel=0.01)
+    assert p.peak_host <= 120 * GIB and cfg.data.seq_len > 10**6
+    with pytest.raises(ValueError) as caught:
+        fastest_plan(config(optim=adamw), LLAMA, H200, None, 40 * GIB)
+    text = str(caught.value)
+    assert "optim.moment_dtype='int8' saves" in text
+    assert "With optim.state_on_host=False it fits." in text
+    assert "GiB of host memory it fits." in text
+
+
 # --- names and sizes ---
 
 
@@ -333,7 +348,17 @@ def test_command(monkeypatch, capsys, tmp_path):
     assert status == 0
     assert "The longest sequence is" in out and "host memory (120.0 GiB)" in out
     assert "| tokens | plan | head groups | device GiB | host GiB | tokens/s |" in out
-    assert "--train.plan '" in out and "--data.seq-len" in out
+    line = out[out.index("XLA_PYTHON_CLIENT_MEM_FRACTION") :].replace("\\\n", "")
+    command = shlex.split(line.splitlines()[0])
+    assert command[1:5] == ["python", "train.py", "--config", str(recipe)]
+    cfg = tyro.cli(
+        tyro.conf.configure(tyro.conf.AvoidSubcommands)(Config),
+        default=cli.load_recipe(recipe), args=command[5:],
+    )  # fmt: skip
+    p = predict(cfg, LLAMA, find_gpu("a100-80gb"))
+    assert p.peak_device <= default_budget(find_gpu("a100-80gb"))
+    assert f"| {cfg.data.seq_len} | {cfg.train.plan} |" in out
+    assert cfg.train.memory_budget is None  # or the trainer would plan again
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
