@@ -39,6 +39,10 @@ _FORMAT = "mst_jax checkpoint 1"
 _NAME = re.compile(r"(0|[1-9]\d*)(\.tmp|\.damaged)?")
 
 
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; the earlier ones are intact."""
+
+
 class Checkpoints:
     """Save and restore a training state; use as a context manager.
 
@@ -74,7 +78,7 @@ class Checkpoints:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
             self.close()
-        except RuntimeError as failed_save:
+        except SaveError as failed_save:
             if error is None:
                 raise
             error.add_note(str(failed_save))
@@ -100,7 +104,7 @@ class Checkpoints:
           extra: what JSON can hold; tuples come back as lists, keys as strings.
 
         Raises:
-          RuntimeError: this save could not start, or the one before it failed, and then
+          SaveError: this save could not start, or the one before it failed, and then
             this one is not tried. Names step and path; earlier checkpoints are intact.
           TypeError: `extra` is not JSON.
           ValueError: `step` is not above the newest; leaves that are not arrays.
@@ -130,7 +134,7 @@ class Checkpoints:
         """Block until the last save is on disk.
 
         Raises:
-          RuntimeError: it failed; names step and path. Raised once.
+          SaveError: it failed; names step and path. Raised once.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -140,7 +144,7 @@ class Checkpoints:
         """Wait, and take no more saves.
 
         Raises:
-          RuntimeError: as `wait`.
+          SaveError: as `wait`.
         """
         self._thread.shutdown()
         self.wait()
@@ -256,10 +260,10 @@ class Checkpoints:
             raise _not_saved(path, error) from error
 
 
-def _not_saved(path: Path, error: Exception) -> RuntimeError:
+def _not_saved(path: Path, error: Exception) -> SaveError:
     """Free the disk of what was written; return the error to raise."""
     shutil.rmtree(path.with_suffix(".tmp"), ignore_errors=True)
-    return RuntimeError(f"checkpoint of step {path.name} not saved to {path}: {error}")
+    return SaveError(f"checkpoint of step {path.name} not saved to {path}: {error}")
 
 
 def _named(tree: Any) -> dict[str, Any]:

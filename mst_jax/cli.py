@@ -33,14 +33,19 @@ def train_main(recipes: Path, args: list[str] | None = None) -> int:
             args=overrides,
         )
         # Here, so that --help and a mistyped option answer at once.
+        from mst_jax.checkpoint import SaveError
         from mst_jax.memory import OutOfMemoryError
         from mst_jax.trainer import NonFiniteLossError, train
 
         try:
             train(cfg)
-        except (NonFiniteLossError, OutOfMemoryError) as error:
+        except (NonFiniteLossError, OutOfMemoryError, SaveError) as error:
             return _fail(error)
-    except (ValueError, FileNotFoundError, ImportError, NotImplementedError) as error:
+        except KeyboardInterrupt:  # before the loop, or the second one in it
+            message = "interrupted: nothing was saved since the last checkpoint"
+            print(message, file=sys.stderr)
+            return 130
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
         return _fail(error)
     return 0
 
@@ -139,7 +144,9 @@ def export(args: Export) -> None:
     )
     hf.export_hf(state["params"], model, args.out, source_dir=source, dtype=args.dtype)
     print(f"wrote step {step} of {directory} to {args.out}")
-    if source is None:
+    if cfg.data.tokenizer == "bytes" and source is None:
+        print("without tokenizer files: the tokens are bytes")
+    elif source is None:
         print("without tokenizer files: the run's source directory is not there")
 
 
@@ -237,7 +244,7 @@ def main() -> int:
             {"export": Export, "plan": Plan}, prog="mst-jax"
         )
         plan(command) if isinstance(command, Plan) else export(command)
-    except (ValueError, FileNotFoundError, ImportError, NotImplementedError) as error:
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
         return _fail(error)
     return 0
 

@@ -15,8 +15,8 @@ import pytest
 import tensorstore
 from safetensors.numpy import load_file
 
-from mst_jax.checkpoint import Checkpoints
-from mst_jax.cli import Export, export, load_recipe, train_main
+from mst_jax.checkpoint import Checkpoints, SaveError
+from mst_jax.cli import Export, export, load_recipe, main, train_main
 from mst_jax.config import (
     Config,
     DataConfig,
@@ -287,6 +287,41 @@ def test_export_reads_the_parameters_and_no_moments(tmp_path, whole):
 def test_export_of_what_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a run's directory"):
         export(Export(checkpoint=tmp_path, out=tmp_path / "out"))
+
+
+def test_export_speaks_of_tokenizers_and_does_not_overwrite(
+    tmp_path, whole, monkeypatch, capsys
+):
+    command = ["mst-jax", "export", whole[0].out_dir, str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", command)
+    assert main() == 0
+    assert "the tokens are bytes" in capsys.readouterr().out
+    assert main() == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "out is not empty" in message
+
+
+def test_what_stops_a_run_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(cfg):
+        raise OSError(28, "No space left on device", cfg.out_dir)
+
+    def not_saved(cfg):
+        raise SaveError("checkpoint of step 2 not saved")
+
+    def interrupted(cfg):
+        raise KeyboardInterrupt
+
+    args = ["--config", str(ROOT / "configs" / "tiny.py"), "--out-dir", "OUT"]
+    monkeypatch.setattr("mst_jax.trainer.train", full)
+    assert train_main(ROOT / "configs", args) == 1
+    printed = capsys.readouterr()
+    assert printed.err == "error: [Errno 28] No space left on device: 'OUT'\n"
+    monkeypatch.setattr("mst_jax.trainer.train", not_saved)
+    assert train_main(ROOT / "configs", args) == 1
+    assert capsys.readouterr().err == "error: checkpoint of step 2 not saved\n"
+    monkeypatch.setattr("mst_jax.trainer.train", interrupted)
+    assert train_main(ROOT / "configs", args) == 130
+    assert "nothing was saved" in capsys.readouterr().err
 
 
 def test_help_lists_the_recipes(capsys):
