@@ -143,10 +143,14 @@ def measure(repeats: int, chunk: int | None) -> list[tuple[Any, ...]]:
         if started - began + slowest > SECONDS:
             rows.append((name, "", "", "", "left out: no time"))
             continue
-        compiled = lowered.compile(compiler_options=(COMMAND_BUFFERS | loops)[name])
-        launches = sum(count_launches(compiled.as_text()).values())
-        result = median_ms(compiled, fresh(), batches, repeats)
-        rows.append((name, *result[:2], launches, float(result[2]["loss"])))
+        try:
+            options = (COMMAND_BUFFERS | loops)[name]
+            compiled = lowered.compile(compiler_options=options)
+            launches = sum(count_launches(compiled.as_text()).values())
+            result = median_ms(compiled, fresh(), batches, repeats)
+            rows.append((name, *result[:2], launches, float(result[2]["loss"])))
+        except jax.errors.JaxRuntimeError as error:  # a driver too old, for one
+            rows.append((name, "", "", "", str(error).splitlines()[0][:200]))
         slowest = max(slowest, time.perf_counter() - started)
     return rows
 
