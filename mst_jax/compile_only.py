@@ -105,6 +105,7 @@ def _compile(cfg: Config, model: ModelConfig, gpu: Gpu) -> dict[str, int | str]:
 
     import mst_jax.ops.attention.api as attention
     import mst_jax.ops.linear_cross_entropy.api as loss
+    import mst_jax.ops.swiglu.api as mlp
     from mst_jax.model import init_params
     from mst_jax.sharding import make_mesh
     from mst_jax.train_step import init_train_state, make_train_step
@@ -113,7 +114,7 @@ def _compile(cfg: Config, model: ModelConfig, gpu: Gpu) -> dict[str, int | str]:
     no_cudnn = None if gpu.has_bf16 else "compute capability below 8.0"
     no_kernel = None if gpu.capability == (9, 0) else "compute capability not 9.0"
     attention._device_obstacle = lambda q: no_cudnn
-    loss._device_obstacle = lambda: no_kernel
+    loss._device_obstacle = mlp._device_obstacle = lambda: no_kernel
 
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=gpu.target, topology="1x1x1"

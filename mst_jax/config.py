@@ -173,6 +173,9 @@ class TrainConfig:
     chunk."""
     loss_chunk_size: int | None = None
     """Tokens of an LM-head chunk; None picks from a byte budget."""
+    implementation: Literal["auto", "xla", "mosaic_gpu"] = "auto"
+    """What computes the chunks of the MLP and the LM head: XLA's matrix products or
+    this package's Hopper kernels; 'auto' takes the kernels where they can run."""
     command_buffers: Literal["default", "step", "off"] = "default"
     """CUDA graphs: 'default' is XLA's choice, parts of a step; 'step' makes one of the
     whole step, loops unrolled, for small models whose kernels take less time than their
@@ -196,6 +199,11 @@ class TrainConfig:
         positive(self, "loss_chunk_size", "log_every", "head_groups")
         read_groups(self.plan)
         not_negative(self, "mlp_chunk_size", "save_every")
+
+    @property
+    def asked_implementation(self) -> str | None:
+        """What an op takes as its `implementation`: None where it chooses itself."""
+        return None if self.implementation == "auto" else self.implementation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,12 +23,15 @@ def implementations(cfg: Config, model: ModelConfig) -> dict[str, tuple[str, str
     name, why = attention.choose_implementation(
         model.head_size, dtype, segmented=cfg.data.packing
     )
+    asked = cfg.train.asked_implementation
     return {
         "attention": (name, f"not cudnn: {why}" if name == "xla" else why),
-        "head, loss": linear_cross_entropy.choose_implementation(
-            model.hidden_size, dtype
-        ),
-        "mlp": swiglu.choose_implementation(
+        "head, loss": (asked, "as asked for")
+        if asked
+        else linear_cross_entropy.choose_implementation(model.hidden_size, dtype),
+        "mlp": (asked, "as asked for")
+        if asked
+        else swiglu.choose_implementation(
             dtype, model.hidden_size, model.intermediate_size
         ),
         "norm, rope": ("xla", "elementwise, which XLA fuses"),

@@ -68,6 +68,7 @@ def forward(
         segment_ids=batch.get("segment_ids"),
         chunk_size=layer_chunk_size(cfg, model, B, T),
         head_groups=cfg.train.head_groups,
+        mlp_implementation=cfg.train.asked_implementation,
     )
     x = rest["embed"]["embedding"][tokens].astype(cfg.train.compute_dtype)
     y, kept = stack_forward(plan, weights_at, x, ctx)
@@ -85,8 +86,9 @@ def forward(
             else head["lm_head"]["kernel"]
         )
         return linear_cross_entropy(
-            hidden, weight, batch["labels"], chunk_size=cfg.train.loss_chunk_size
-        )
+            hidden, weight, batch["labels"], chunk_size=cfg.train.loss_chunk_size,
+            implementation=cfg.train.asked_implementation,
+        )  # fmt: skip
 
     total, vjp, count = jax.vjp(loss, head, y, has_aux=True)
     d_head, dy = vjp(jnp.ones_like(total))

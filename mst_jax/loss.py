@@ -18,7 +18,7 @@ def next_token_loss(
         model: the decoder.
         batch: `tokens` and `labels` int [B, T], labels already shifted and -100 where
             there is none; optionally `positions` and `segment_ids` int [B, T].
-        cfg: chunk sizes.
+        cfg: chunk sizes, implementation.
         **options: passed on to the model.
 
     Returns:
@@ -30,8 +30,10 @@ def next_token_loss(
         positions=batch.get("positions"),
         segment_ids=batch.get("segment_ids"),
         mlp_chunk_size=cfg.mlp_chunk_size,
+        mlp_implementation=cfg.asked_implementation,
         **options,
     )
     return linear_cross_entropy(
-        hidden, model.head_weight(), batch["labels"], chunk_size=cfg.loss_chunk_size
-    )
+        hidden, model.head_weight(), batch["labels"], chunk_size=cfg.loss_chunk_size,
+        implementation=cfg.asked_implementation,
+    )  # fmt: skip

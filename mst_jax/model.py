@@ -78,11 +78,11 @@ class MLP(nnx.Module):
         self.w_down = _normal(rngs.params(), (F, D), cfg)
 
     def __call__(
-        self, x: Float[Array, "B T D"], *, chunk_size: int | None
+        self, x: Float[Array, "B T D"], **options: Any
     ) -> Float[Array, "B T D"]:
-        """chunk_size: tokens of a chunk; None: by byte budget; 0: no chunks."""
+        """options: chunk_size and implementation of `ops.swiglu`."""
         weights = (self.w_gate[...], self.w_up[...], self.w_down[...])
-        return swiglu(x, *weights, chunk_size=chunk_size)
+        return swiglu(x, *weights, **options)
 
 
 class DecoderLayer(nnx.Module):
@@ -101,11 +101,15 @@ class DecoderLayer(nnx.Module):
         segment_ids: Any,
         *,
         mlp_chunk_size: int | None = None,
+        mlp_implementation: str | None = None,
         implementation: str | None = None,
     ) -> Float[Array, "B T D"]:
         normed = self.attention_norm(x)
         x = x + self.attention(normed, rope, segment_ids, implementation=implementation)
-        return x + self.mlp(self.mlp_norm(x), chunk_size=mlp_chunk_size)
+        return x + self.mlp(
+            self.mlp_norm(x), chunk_size=mlp_chunk_size,
+            implementation=mlp_implementation,
+        )  # fmt: skip
 
 
 class Embedding(nnx.Module):
@@ -152,6 +156,7 @@ class Llama(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         mlp_chunk_size: int | None = None,
+        mlp_implementation: str | None = None,
         implementation: str | None = None,
         gather: Callable[[Any], Any] = lambda layer: layer,
     ) -> Float[Array, "B T D"]:
@@ -162,6 +167,7 @@ class Llama(nnx.Module):
             positions: [B, T], restarting in each document; None is 0..T-1.
             segment_ids: [B, T] documents of a packed row; None is one document.
             mlp_chunk_size: tokens of an MLP chunk; None by byte budget, 0 whole.
+            mlp_implementation: see `ops.swiglu`.
             implementation: of attention, see `ops.attention`.
             gather: applied to one layer's state before it is used (FSDP).
         """
@@ -174,7 +180,8 @@ class Llama(nnx.Module):
             layer = nnx.merge(graph, gather(layer_state))
             x = layer(
                 x, rope, segment_ids,
-                mlp_chunk_size=mlp_chunk_size, implementation=implementation,
+                mlp_chunk_size=mlp_chunk_size, mlp_implementation=mlp_implementation,
+                implementation=implementation,
             )  # fmt: skip
             return x, None
 

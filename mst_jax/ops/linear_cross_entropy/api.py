@@ -24,7 +24,7 @@ from mst_jax.ops.linear_cross_entropy.xla import Options
 
 LOGITS_BYTES = 2**31
 """Budget of one chunk's logits when no chunk size is given."""
-MOSAIC_GPU_BY_DEFAULT = False
+MOSAIC_GPU_BY_DEFAULT = True
 """Whether None means 'mosaic_gpu' wherever it can run. Not yet: it is not measured."""
 
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mst_jax.ops.linear_cross_entropy.xla import Options
-from mst_jax.ops.matmul import matmul
+from mst_jax.ops.matmul import in_place, matmul
 
 TILE_N = 256
 """Columns of a tile of statistics."""
@@ -120,9 +120,7 @@ def chunk_gradients(
     scale, smooth, at_label = _coefficients(
         options, statistics[0], lse, label_logit, weights, vocab_size
     )
-    p_ref = jax.new_ref(p)
-    gradient_kernel(p_ref, scale, smooth, at_label, labels_padded)
-    dlogits = jax.freeze(p_ref)
+    dlogits, _ = in_place(gradient_kernel, p, scale, smooth, at_label, labels_padded)
     dx = None
     if wants_x:
         dx = matmul(dlogits, weight, transpose_b=True)[:count].reshape(shape)
@@ -151,8 +149,6 @@ def _losses(options: Options, statistics, labels, vocab_size: int):
     loss = lse - (1 - options.label_smoothing) * label_logit
     if options.label_smoothing:
         loss -= options.label_smoothing / vocab_size * sums[0].sum(0)
-    # Not the labels as they are: XLA would put their slice into one fusion with the
-    # gradient kernel, and that fusion no longer says that it works in place.
     labels = jnp.where(valid, labels, -1)
     return loss + options.z_loss * lse**2, lse, label_logit, labels
 

@@ -4,9 +4,18 @@ from mst_jax.ops.matmul.mosaic_gpu import (
     OLDEST_JAX,
     Epilogue,
     Tiles,
+    in_place,
     matmul,
     obstacle,
     tiled_matmul,
 )
 
-__all__ = ["OLDEST_JAX", "Epilogue", "Tiles", "matmul", "obstacle", "tiled_matmul"]
+__all__ = [
+    "OLDEST_JAX",
+    "Epilogue",
+    "Tiles",
+    "in_place",
+    "matmul",
+    "obstacle",
+    "tiled_matmul",
+]

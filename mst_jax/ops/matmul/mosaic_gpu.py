@@ -347,28 +347,49 @@ def matmul(
     shape = a.shape[transpose_a], b.shape[not transpose_b]
     if reason := obstacle(a, b, jax.ShapeDtypeStruct(shape, a.dtype)):
         raise NotImplementedError(f"Mosaic GPU matmul: {reason}")
-    run = partial(
-        tiled_matmul, a, (b,), transpose_a=transpose_a, transpose_b=transpose_b
-    )
     name = f"matmul_{'nt'[transpose_a]}{'nt'[transpose_b]}"
     if total is None:
-        (c,) = run(
-            _store, name=name, out_type=(jax.ShapeDtypeStruct(shape, a.dtype),),
-            tiles=tiles or Tiles(),
+        (c,) = tiled_matmul(
+            a, (b,), _store, name=name, tiles=tiles or Tiles(),
+            out_type=(jax.ShapeDtypeStruct(shape, a.dtype),),
+            transpose_a=transpose_a, transpose_b=transpose_b,
         )  # fmt: skip
         return c
-    ref = jax.new_ref(total)
     if total.dtype == jnp.float32:
-        run(
-            _add, name=f"{name}_add_f32", extra=(ref,), dtype=jnp.float32,
-            tiles=tiles or Tiles(),
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "epilogue": _add,
+            "name": f"{name}_add_f32",
+            "tiles": Tiles(),
+        }
     else:
-        run(
-            _read_and_add, name=f"{name}_add", extra=(ref,), dtype=total.dtype,
-            reads=True, tiles=tiles or Tiles(stages=3, slots=4),
+        options = {
+            "epilogue": _read_and_add, "name": f"{name}_add", "reads": True,
+            "tiles": Tiles(stages=3, slots=4),
+        }  # fmt: skip
+    options |= {"tiles": tiles or options["tiles"], "dtype": total.dtype}
+
+    def add(ref, a, b):
+        return tiled_matmul(
+            a, (b,), extra=(ref,), transpose_a=transpose_a, transpose_b=transpose_b,
+            **options,
         )  # fmt: skip
-    return jax.freeze(ref)
+
+    return in_place(add, total, a, b)[0]
+
+
+def in_place(
+    kernel: Callable[..., Any], changed: jax.Array, *operands: Any
+) -> tuple[jax.Array, Any]:
+    """Run `kernel(ref, *operands)`, which changes an array; return (array, results).
+
+    XLA would put a slice that an operand is, or one that the array is written to, into
+    one fusion with the kernel, and a fusion does not say that it works in place: with
+    another buffer for its result the kernel would change what nobody has written.
+    """
+    operands = lax.optimization_barrier(operands)
+    ref = jax.new_ref(changed)
+    results = kernel(ref, *operands)
+    return lax.optimization_barrier(jax.freeze(ref)), results
 
 
 def _store(tile, accs, extra, outs):

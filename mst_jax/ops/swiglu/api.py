@@ -22,7 +22,7 @@ from mst_jax.mini_sequence import (
 )
 from mst_jax.ops.swiglu import mosaic_gpu, xla
 
-MOSAIC_GPU_BY_DEFAULT = False
+MOSAIC_GPU_BY_DEFAULT = True
 """Whether None means the kernels where they can run: if they were measured faster."""
 
 _HOW = {"xla": xla, "mosaic_gpu": mosaic_gpu}

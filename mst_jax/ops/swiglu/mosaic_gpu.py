@@ -77,12 +77,14 @@ def gate_up(x, w_gate, w_up, *, keep: bool, tiles: Tiles | None = None):
 def gate_up_backward(x, w_gate, w_up, dh, *, tiles: Tiles | None = None):
     """Return h, dgate, dup [C, F]; dup is written over dh where XLA can spare it."""
     out = jax.ShapeDtypeStruct(dh.shape, x.dtype)
-    ref = jax.new_ref(dh)
-    h, dgate = mm.tiled_matmul(
-        x, (w_gate, w_up), _write_gradients, name="gate_up_backward",
-        extra=(ref,), out_type=(out, out), reads=True, tiles=tiles or Tiles(),
+    dup, (h, dgate) = mm.in_place(
+        lambda ref, x, w_gate, w_up: mm.tiled_matmul(
+            x, (w_gate, w_up), _write_gradients, name="gate_up_backward",
+            extra=(ref,), out_type=(out, out), reads=True, tiles=tiles or Tiles(),
+        ),
+        dh, x, w_gate, w_up,
     )  # fmt: skip
-    return h, dgate, jax.freeze(ref)
+    return h, dgate, dup
 
 
 def _write_hidden(tile, accs, extra, outs):
