@@ -92,7 +92,7 @@ def test_memory_grows_with_the_sequence_as_designed():
 
 @pytest.mark.parametrize("implementation, least", [("xla", 8), ("mosaic_gpu", 2)])
 def test_memory_falls_with_the_chunks(implementation, least):
-    # The kernels have 16 bits a logit where XLA has 32, and no gate, up or their product.
+    # The kernels hold 16 bits a logit where XLA holds 32, and neither gate nor up.
     whole, small = (
         compiled(
             "llama32_1b", 16384, mlp_chunk_size=mlp, loss_chunk_size=loss,
