@@ -61,7 +61,9 @@ class Row:
     optimizer: str = "adamw"
     moments: str = "int8"
     mlp_chunk_size: int | None = None
+    """Divides the tokens, as the planner chooses it."""
     loss_chunk_size: int | None = None
+    """The same."""
 
 
 def lean(tokens: int, budget: float) -> Row:
@@ -80,17 +82,23 @@ ROWS = [
     lean(65536, 37.9),
     Row(
         "80-bf16-100k", "llama3_8b", 102400, "h100", 80, 0, "* save=input",
-        moments="bfloat16",
+        moments="bfloat16", mlp_chunk_size=12800, loss_chunk_size=4096,
     ),
-    Row("80-8bit-150k", "llama3_8b", 153600, "h100", 80, 0, "* save=input"),
+    Row(
+        "80-8bit-150k", "llama3_8b", 153600, "h100", 80, 0, "* save=input",
+        mlp_chunk_size=15360, loss_chunk_size=3840,
+    ),
     Row(
         "80-host-384k", "llama3_8b", 393216, "h100", 80, 120,
         "22 offload=input; 10 offload=input save=attention",
     ),
-    Row("80-host-450k", "llama3_8b", 460800, "h100", 80, 120, "* offload=input"),
+    Row(
+        "80-host-450k", "llama3_8b", 460800, "h100", 80, 120, "* offload=input",
+        mlp_chunk_size=15360, loss_chunk_size=3840,
+    ),
     Row(
         "139-host-650k", "llama3_8b", 665600, "h200", 139, 120,
-        "23 offload=input; 9 save=input",
+        "23 offload=input; 9 save=input", mlp_chunk_size=13312, loss_chunk_size=4160,
     ),
     Row(
         "139-host-1200k", "llama3_8b", 1228800, "h200", 139, 120,
@@ -256,7 +264,8 @@ def write(args, kind: str, results: list[dict]) -> None:
     """Write CSV, markdown and plot."""
     date = datetime.date.today().isoformat()
     args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"max_seq_len-{date}"
+    # Measured rows get files of their own.
+    stem = args.out / f"max_seq_len-{date}{'-measured' if kind else ''}"
     columns = list(dict.fromkeys(k for r in results for k in r))
     with stem.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
