@@ -5,7 +5,8 @@
 
 bfloat16 weights with stochastic rounding, AdamW with 8-bit moments, each layer updated
 in the backward pass; the planner picks the rest for the memory of the GPU that is
-there. Not measured on a 16 GB GPU yet; see tests/test_memory.py for compiled figures.
+there. Not run on a 16 GB GPU yet: compiled for a T4, 32,768 tokens take 10 GiB
+(docs/benchmarks/max_seq_len-2026-11-25.md).
 """
 
 from mst_jax.config import Config, DataConfig, OptimConfig, TrainConfig

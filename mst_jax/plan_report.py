@@ -10,11 +10,11 @@ from mst_jax.planner import (
     GRAIN,
     Planned,
     fastest_plan,
-    gib,
     longest_sequence,
     memory_limit,
     options,
     parts,
+    show,
 )
 from mst_jax.prediction import Prediction
 
@@ -82,15 +82,15 @@ def report(
         fastest_plan(at_length(tokens), model, gpu, *budget)
         for tokens in lengths(found[0].data.seq_len, 9)
     ]
-    title = f"{gpu.name}, {cfg.optim.name}, {gib(host_bytes)} of host memory"
+    title = f"{gpu.name}, {cfg.optim.name}, {show(host_bytes)} of host memory"
     plot_memory(
         rows, png, title=title, device_bytes=device_bytes, host_bytes=host_bytes
     )
     planned, prediction = found
     spent = "; ".join(f"{k} {s:.2f} s" for k, s in prediction.seconds.items() if s)
     text = [
-        f"{gpu.name}: {gib(device_bytes)} of {gib(gpu.memory)} for the process, "
-        f"{gib(host_bytes)} of pinned host memory.",
+        f"{gpu.name}: {show(device_bytes)} of {show(gpu.memory)} for the process, "
+        f"{show(host_bytes)} of pinned host memory.",
         f"{first}\n",
         f"{table([*rows[:-1:2], found])}\n",
         f"At its peak ({prediction.peak_phase}): {parts(prediction)}.",

@@ -270,8 +270,8 @@ def _too_long(cfg, model, gpu, budget) -> str:
     lines = [
         f"{cfg.data.seq_len} tokens do not fit {gpu.name}: the smallest plan, "
         f"{least[0].train.plan!r} with head_groups={least[0].train.head_groups}, needs "
-        f"{gib(least[1].peak_device)} of device memory and {gib(least[1].peak_host)} "
-        f"of host memory; there are {gib(budget[0])} and {gib(budget[1])}. At its "
+        f"{show(least[1].peak_device)} of device memory and {show(least[1].peak_host)} "
+        f"of host memory; there are {show(budget[0])} and {show(budget[1])}. At its "
         f"peak: {parts(least[1])}."
     ]
     for change, changed, host in _changes(cfg, budget[1]):
@@ -279,9 +279,9 @@ def _too_long(cfg, model, gpu, budget) -> str:
         saved = least[1].peak_device - prediction.peak_device
         fits = _within(found, (budget[0], host))
         if change is None:
-            change = f"{gib(prediction.peak_host)} of host memory"
+            change = f"{show(prediction.peak_host)} of host memory"
         if saved > 0:
-            lines.append(f"{change} saves {gib(saved)}{'; then it fits' * fits}.")
+            lines.append(f"{change} saves {show(saved)}{'; then it fits' * fits}.")
         elif fits:
             lines.append(f"With {change} it fits.")
     return " ".join(lines)
@@ -322,9 +322,12 @@ def _changes(cfg: Config, host_bytes: int) -> Iterator[tuple[str | None, Config,
 def parts(prediction: Prediction) -> str:
     """Name what the device holds at the peak, largest first."""
     parts = sorted(prediction.components.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {gib(size)}" for name, size in parts if size > GIB / 20)
+    least = prediction.peak_device / 100
+    return ", ".join(f"{name} {show(size)}" for name, size in parts if size > least)
 
 
-def gib(size: int) -> str:
-    """Write a size in GiB."""
+def show(size: int) -> str:
+    """Write a size in GiB, a small one in MiB."""
+    if 0 < size < GIB // 2:
+        return f"{size / 2**20:.0f} MiB"
     return f"{size / GIB:.1f} GiB"

@@ -322,6 +322,13 @@ def test_the_compiler_knows_each_gpu():
     assert f"device_memory_size: {15 * GIB}" in GPUS["t4"].target
 
 
+def test_small_sizes_are_in_mib():
+    tiny = config(512, model=PRESETS["tiny"], optim={"in_backward": False})
+    message = r"needs \d+ MiB .* there are 1 MiB .*At its peak: [a-z ]+ \d+ MiB, "
+    with pytest.raises(ValueError, match=message):
+        fastest_plan(tiny, PRESETS["tiny"], H200, 2**20)
+
+
 def test_sizes():
     assert parse_bytes("120GiB") == 120 * GIB and parse_bytes("80 GB") == 80 * 10**9
     assert parse_bytes("1.5MiB") == 3 * 2**19
