@@ -214,7 +214,11 @@ def tiled_matmul(
     cta_m, tile_k, wg_m = tiles.cta_tile_m, tiles.tile_k, tiles.wg_tile_m
     m_iters, n_iters = pl.cdiv(M, tiles.cluster_tile_m), pl.cdiv(N, width)
     staged = (tiles.slots, wg_m, part_columns(dtype))
-    barriers = {}
+    if tiles.cluster > 1:
+        consumed = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=2)
+    else:
+        consumed = plgpu.Barrier(num_arrivals=2)
+    barriers = {"consumed": consumed}
     if reads:
         barriers["arrived"] = plgpu.Barrier(num_barriers=2 * tiles.slots)
 
@@ -252,7 +256,7 @@ def tiled_matmul(
             collective_axes="wg",
             **barriers,
         )
-        def _scope(allocations, smem, arrived=None):
+        def _scope(allocations, smem, consumed, arrived=None):
             wg, cta = lax.axis_index("wg"), lax.axis_index("cluster")
 
             @plgpu.nd_loop((m_iters * n_iters,), collective_axes="cluster_grid")
@@ -279,6 +283,7 @@ def tiled_matmul(
 
                     acc = plgpu.ACC((wg_m, width), jnp.float32)
                     accs = pl.run_scoped(products, *[acc] * len(bs))
+                    plgpu.barrier_arrive(consumed)
                     epilogue(tile, accs, extra_gmems, out_gmems)
 
                 def step(_, a_smem, *rest):
@@ -304,6 +309,12 @@ def tiled_matmul(
                     ],
                     allocations=allocations,
                 )
+
+                # The pipeline releases a step when the next one has begun, the last
+                # one never: the next tile's loads would overwrite it while it is read.
+                @pl.when(wg == 2)
+                def _wait():
+                    plgpu.barrier_wait(consumed)
 
         plgpu.wait_smem_to_gmem(0)
 
