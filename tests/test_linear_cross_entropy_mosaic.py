@@ -1,24 +1,16 @@
-"""The Hopper kernels of linear_cross_entropy: interpreted, lowered, compiled, on a GPU.
+"""The Hopper kernels of the head's loss: interpreted, lowered, compiled, on a GPU."""
 
-On a CPU the kernels run in Pallas's interpreter, whose fresh memory is NaN: an element
-that is read and was not written shows.
-"""
-
-import os
-import subprocess
-import sys
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import mosaic
 import numpy as np
 import pytest
+from mosaic import ON_GPU, compile_for_h200, errors, needs_compiler, needs_pallas
 
 from mst_jax import linear_cross_entropy
-from mst_jax.gpus import GPUS
 from mst_jax.ops.linear_cross_entropy import (
     api,
     choose_implementation,
@@ -26,10 +18,6 @@ from mst_jax.ops.linear_cross_entropy import (
 )
 from mst_jax.ops.linear_cross_entropy.xla import Options
 
-ON_GPU = jax.default_backend() == "gpu"
-needs_pallas = pytest.mark.skipif(
-    jax.__version_info__ < mosaic_gpu.OLDEST_JAX, reason="needs JAX 0.11.2"
-)
 OPTIONS = [
     {},
     {"z_loss": 1e-2},
@@ -50,23 +38,18 @@ def kernels(monkeypatch):
 
 @contextmanager
 def interpreted():
-    if ON_GPU:
-        yield
-        return
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
     kernel = mosaic_gpu.matmul
 
     def matmul(a, b, *, transpose_a=False, transpose_b=False, total=None):
         if total is None:
             return kernel(a, b, transpose_a=transpose_a, transpose_b=transpose_b)
-        # The interpreter has no reduction in TMA, by which the sum is added to.
+        # test_matmul has the sums in f32: slow in the interpreter.
         assert transpose_a and not transpose_b
         return total + jnp.matmul(a.T, b, preferred_element_type=jnp.float32)
 
-    params = plgpu.InterpretGPUParams(uninitialized_memory="nan")
-    with plgpu.force_gpu_interpret_mode(params), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mosaic_gpu, "matmul", matmul)
+    with mosaic.interpreted(), pytest.MonkeyPatch.context() as patch:
+        if not ON_GPU:
+            patch.setattr(mosaic_gpu, "matmul", matmul)
         yield
 
 
@@ -114,14 +97,6 @@ def exact(x, w, y, weights=None, z_loss=0.0, logit_softcap=None, label_smoothing
     dlogits *= slope * weights[:, None]
     gradients = (dlogits @ w.T).reshape(shape), x.T @ dlogits
     return (losses * weights).sum(), (*gradients, (losses * keep).reshape(shape[:-1]))
-
-
-def errors(got, want):
-    def error(a, b):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        return np.linalg.norm(a - b) / (np.linalg.norm(b) or 1)
-
-    return jax.tree.leaves(jax.tree.map(error, got, want))
 
 
 def assert_no_worse_than_xla(x, w, y, chunk_size=None, weights=None, **options):
@@ -303,18 +278,9 @@ def test_lowers_for_cuda_at_8b_width(kernels, options):
 
 
 COMPILE = """
-import re, sys
-import jax, jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 from mst_jax import linear_cross_entropy
 from mst_jax.ops.linear_cross_entropy import api
 api._device_obstacle = lambda: None
-topology = topologies.get_topology_desc(
-    platform="cuda", target_config=sys.stdin.read(), topology="1x1x1")
-place = SingleDeviceSharding(topology.devices[0])
-def array(shape, dtype):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 def loss(x, w, y):
     return linear_cross_entropy(
         x, w, y, chunk_size=4096, implementation="mosaic_gpu")[0]
@@ -327,20 +293,9 @@ print(compiled.as_text())
 
 
 @needs_pallas
+@needs_compiler
 def test_compiled_for_an_h200_no_logits_are_copied():
-    if ON_GPU or not any(find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
-        pytest.skip("needs the CUDA plugin and no GPU")
-    root = str(Path(__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], input=GPUS["h200"].target, text=True,
-        capture_output=True, timeout=300,
-        env={
-            **os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root,
-            "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false",
-        },
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    temporaries, _, hlo = done.stdout.partition("\n")
+    temporaries, _, hlo = compile_for_h200(COMPILE).partition("\n")
     kernels = [line for line in hlo.splitlines() if "mosaic_gpu_v2" in line]
     in_place = [k for k in kernels if "output_to_operand_aliasing={{}: (0, {})}" in k]
     assert len(in_place) == 1 and "ROOT" not in in_place[0], in_place

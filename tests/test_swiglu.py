@@ -1,11 +1,13 @@
 """swiglu's written-out backward pass against the formula's own, and its precision."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mst_jax.ops.swiglu import swiglu
+from mst_jax.ops.swiglu import api, choose_implementation, mlp_forward, swiglu
 
 D, F = 16, 40
 
@@ -62,3 +64,26 @@ def test_unknown_activation():
     args, _ = make(4)
     with pytest.raises(ValueError, match="activation='relu'"):
         swiglu(*args, activation="relu")
+
+
+def test_unknown_implementation():
+    args, _ = make(4)
+    for chunk_size in (0, 2):
+        with pytest.raises(NotImplementedError, match="implementation='triton'"):
+            swiglu(*args, implementation="triton", chunk_size=chunk_size)
+
+
+def test_this_machine_is_the_obstacle(monkeypatch):
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU")
+    args = [jnp.zeros(s, jnp.bfloat16) for s in [(1, 8, 64), *[(64, 64)] * 3]]
+    because = "no GPU|older than 0.11.2"
+    with pytest.raises(NotImplementedError, match=because):
+        swiglu(*args, implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match=because):
+        mlp_forward(args[0], tuple(args[1:]), implementation="mosaic_gpu")
+    assert swiglu(*args).shape == (1, 8, 64)
+    for by_default, why in ((True, because), (False, "not the default")):
+        monkeypatch.setattr(api, "MOSAIC_GPU_BY_DEFAULT", by_default)
+        name, reason = choose_implementation(jnp.bfloat16, 64, 64)
+        assert name == "xla" and re.search(why, reason)

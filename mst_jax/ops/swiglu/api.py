@@ -55,14 +55,18 @@ def swiglu(
         ValueError: an unknown activation or a negative chunk size.
         NotImplementedError: an implementation that cannot, or does not exist.
     """
-    how = _choose(implementation, activation, x, w_gate)
     weights = (w_gate, w_up, w_down)
     if chunk_size == 0:
+        if implementation == "mosaic_gpu":
+            raise NotImplementedError(f"{implementation=} has no {chunk_size=}")
+        _choose(implementation, activation, x, w_gate)
         return _unchunked(activation, x, *weights)
     if chunk_size is None:
         chunk_size = mlp_chunk_size(x.shape[0], w_gate.shape[1], x.dtype)
-    length = x.shape[1]
+    B, length, D = x.shape
     num_chunks, size = split_length(length, chunk_size)
+    chunk = jax.ShapeDtypeStruct((B, size, D), x.dtype)
+    how = _choose(implementation, activation, chunk, w_gate)
     y_MBCD = _chunked(how, activation, to_chunks(x, num_chunks, size, 1), *weights)
     return from_chunks(cast(jax.Array, y_MBCD), length, 1)
 
