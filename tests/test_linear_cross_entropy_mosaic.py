@@ -128,6 +128,15 @@ def test_value_and_gradients(kernels, T, D, V, B, chunk_size):
 
 
 @needs_pallas
+def test_tiles_one_after_the_other(kernels, monkeypatch):
+    # Few multiprocessors, and a depth of one step: do the loads of a block's next tile
+    # wait for this one to be read?
+    monkeypatch.setattr(mosaic_gpu, "_num_sms", lambda: 2)
+    x, w, y = make(40, 64, 700)
+    assert_no_worse_than_xla(x, w, y)
+
+
+@needs_pallas
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options(kernels, options):
     x, w, y = make(130, 64, 523)

@@ -201,6 +201,11 @@ def logits_kernel(
     if write:
         out_type.append(jax.ShapeDtypeStruct((C, V), jnp.bfloat16))
 
+    if tiles.cluster > 1:
+        consumed = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=2)
+    else:
+        consumed = plgpu.Barrier(num_arrivals=2)
+
     def logits_kernel(x_gmem, w_gmem, labels_gmem, hit_gmem, *outs):
         m_gmem, s_gmem, label_gmem, *outs = outs
         sum_gmem: Any = outs.pop(0) if smoothing else None
@@ -235,9 +240,10 @@ def logits_kernel(
             pl.run_scoped,
             allocations=pipeline(nothing, nothing).get_allocations(x_gmem, w_gmem),
             p_smem=plgpu.SMEM((2, 2, wg_m, PART_N), jnp.bfloat16, transforms=swizzled),
+            consumed=consumed,
             collective_axes="wg",
         )
-        def _scope(allocations, p_smem):
+        def _scope(allocations, p_smem, consumed):
             wg, cta = lax.axis_index("wg"), lax.axis_index("cluster")
 
             @plgpu.nd_loop((m_iters * n_iters,), collective_axes="cluster_grid")
@@ -250,12 +256,12 @@ def logits_kernel(
                 column0 = ni * TILE_N
 
                 def compute(run):
-                    epilogue(
-                        pl.run_scoped(
-                            lambda acc_ref: (run(acc_ref), acc_ref[...])[1],
-                            plgpu.ACC((wg_m, TILE_N), jnp.float32),
-                        )
+                    logits = pl.run_scoped(
+                        lambda acc_ref: (run(acc_ref), acc_ref[...])[1],
+                        plgpu.ACC((wg_m, TILE_N), jnp.float32),
                     )
+                    plgpu.barrier_arrive(consumed)
+                    epilogue(logits)
 
                 def epilogue(logits):
                     if softcap:
@@ -315,6 +321,10 @@ def logits_kernel(
                     w_gmem.at[:, pl.ds(column0, TILE_N)],
                     allocations=allocations,
                 )
+
+                @pl.when(wg == 2)
+                def _wait():  # see matmul: the pipeline never releases its last step
+                    plgpu.barrier_wait(consumed)
 
         plgpu.wait_smem_to_gmem(0)
 
