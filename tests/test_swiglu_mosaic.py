@@ -197,8 +197,9 @@ print(compiled.as_text())
 @needs_compiler
 def test_compiled_for_an_h200_gradients_add_up_in_place():
     temporaries, _, hlo = compile_for_h200(LOOP).partition("\n")
-    # Three f32 gradients, and h, dgate and dup of a chunk: 1.97 GiB.
-    assert int(temporaries) < 2.1 * 2**30, int(temporaries) / 2**30
+    # Three f32 gradients, h, dgate and dup of a chunk: 1.97 GiB. With what stays out of
+    # fusions 2.34; XLA has 3.28.
+    assert int(temporaries) < 2.4 * 2**30, int(temporaries) / 2**30
     bodies = set(re.findall(r"body=%([\w.-]+)", hlo))
     inside = [c for c in re.split(r"\n(?=%|ENTRY)", hlo) if c[1:].split()[0] in bodies]
     assert len(bodies) == len(inside) == 2
