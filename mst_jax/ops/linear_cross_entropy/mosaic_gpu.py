@@ -18,7 +18,6 @@ Statistics are [tiles, rows]: a tile's rows lie together. Memory: 2 C V bytes, a
 not written.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mst_jax.ops.linear_cross_entropy.xla import Options
-from mst_jax.ops.matmul import in_place, matmul
+from mst_jax.ops.matmul import OLDEST_JAX, Tiles, in_place, matmul, tiled_matmul
 
 TILE_N = 256
 """Columns of a tile of statistics."""
@@ -40,40 +39,8 @@ SHIFT = 15
 LOG2_E = 1.4426950408889634
 FINITE_MIN = -1e30
 """Stands in for the maximum of a tile that is all -inf."""
-OLDEST_JAX = (0, 11, 2)
-H200_SMS = 132
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """Tiles of the logits kernel: two compute warpgroups, one above the other."""
-
-    wg_tile_m: int = 64
-    """Rows of one warpgroup."""
-    tile_k: int = 64
-    """Columns of x that a step of the pipeline loads."""
-    stages: int = 4
-    """Steps in shared memory at once."""
-    cluster: int = 2
-    """Thread blocks that share a tile of W; each has its own rows."""
-    grid_tile_width: int = 8
-    """Clusters of rows that are walked before the next tile of W."""
-
-    def __post_init__(self):
-        if self.wg_tile_m % 64 or self.tile_k % 64 or self.cluster not in (1, 2):
-            raise ValueError(f"{self}: wg_tile_m, tile_k % 64, cluster of 1 or 2")
-        if self.stages < 2:
-            raise ValueError(f"{self.stages=} must be at least 2")
-
-    @property
-    def cta_tile_m(self) -> int:
-        """Rows of one thread block."""
-        return 2 * self.wg_tile_m
-
-    @property
-    def cluster_tile_m(self) -> int:
-        """Rows of one cluster."""
-        return self.cluster * self.cta_tile_m
+TILES = Tiles(tile_n=TILE_N)
+"""A tile of statistics is one of the product's."""
 
 
 def obstacle(options: Options, width: int, dtype) -> str | None:
@@ -167,7 +134,7 @@ def _coefficients(options: Options, m, lse, label_logit, weights, vocab_size: in
 
 def logits_kernel(
     x, weight, labels, vocab_size: int, options: Options, *, write: bool,
-    tiles: Tiles = Tiles(),
+    tiles: Tiles = TILES,
 ):  # fmt: skip
     """Return m, s, label logits and, with smoothing, sums [t, R]; p [C, V] if `write`.
 
@@ -176,171 +143,75 @@ def logits_kernel(
 
     Args:
         x: [C, D] bf16.
-        weight: [D, V] bf16, V a multiple of 8.
+        weight: [D, V] bf16, V a multiple of 64.
         labels: [C].
         vocab_size: columns of weight that count.
         options: of the loss.
         write: whether p is wanted.
-        tiles: of the kernel.
+        tiles: of the matrix product; a tile of statistics is one of its tiles.
     """
-    pl, plgpu = _pallas()
-    C, D = x.shape
-    V = weight.shape[1]
-    softcap, smoothing = options.logit_softcap, options.label_smoothing
-    wg_m, cta_m, tile_k = tiles.wg_tile_m, tiles.cta_tile_m, tiles.tile_k
-    m_iters, n_iters = pl.cdiv(C, tiles.cluster_tile_m), pl.cdiv(V, TILE_N)
-    k_iters = pl.cdiv(D, tile_k)
-    rows = m_iters * tiles.cluster_tile_m
-    has_tail = vocab_size % TILE_N != 0
-    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    by_row = plgpu.Layout.WGMMA.reduce(1)
+    C, V = x.shape[0], weight.shape[1]
+    rows = -(-C // tiles.cluster_tile_m) * tiles.cluster_tile_m
+    num_tiles = -(-V // TILE_N)
     labels = jnp.pad(labels, (0, rows - C), constant_values=-1)
-    hit = _hits(labels, wg_m, n_iters)
-    statistic = jax.ShapeDtypeStruct((n_iters, rows), jnp.float32)
-    out_type = [statistic] * (4 if smoothing else 3)
+    hit = _hits(labels, tiles.wg_tile_m, num_tiles)
+    statistic = jax.ShapeDtypeStruct((num_tiles, rows), jnp.float32)
+    out_type = [statistic] * (4 if options.label_smoothing else 3)
     if write:
         out_type.append(jax.ShapeDtypeStruct((C, V), jnp.bfloat16))
-
-    if tiles.cluster > 1:
-        consumed = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=2)
-    else:
-        consumed = plgpu.Barrier(num_arrivals=2)
-
-    def logits_kernel(x_gmem, w_gmem, labels_gmem, hit_gmem, *outs):
-        m_gmem, s_gmem, label_gmem, *outs = outs
-        sum_gmem: Any = outs.pop(0) if smoothing else None
-        p_gmem: Any = outs.pop(0) if write else None
-
-        def pipeline(step, compute_context):
-            def spec(shape, index_map, shared):
-                shared = shared and tiles.cluster > 1
-                return plgpu.BlockSpec(
-                    shape, index_map, transforms=swizzled, memory_space=plgpu.SMEM,
-                    delay_release=1, collective_axes=("cluster",) if shared else (),
-                )  # fmt: skip
-
-            return plgpu.emit_pipeline_warp_specialized(
-                step,
-                grid=(k_iters,),
-                memory_registers=40,
-                in_specs=[
-                    spec((cta_m, tile_k), lambda k: (0, k), shared=False),
-                    spec((tile_k, TILE_N), lambda k: (k, 0), shared=True),
-                ],
-                wg_axis="wg",
-                num_compute_wgs=2,
-                max_concurrent_steps=tiles.stages,
-                compute_context=compute_context,
-            )
-
-        def nothing(*_, **__):
-            return None
-
-        @partial(
-            pl.run_scoped,
-            allocations=pipeline(nothing, nothing).get_allocations(x_gmem, w_gmem),
-            p_smem=plgpu.SMEM((2, 2, wg_m, PART_N), jnp.bfloat16, transforms=swizzled),
-            consumed=consumed,
-            collective_axes="wg",
-        )
-        def _scope(allocations, p_smem, consumed):
-            wg, cta = lax.axis_index("wg"), lax.axis_index("cluster")
-
-            @plgpu.nd_loop((m_iters * n_iters,), collective_axes="cluster_grid")
-            def _tile(info):
-                mc, ni = plgpu.planar_snake(
-                    info.index[0], (m_iters, n_iters), 0, tiles.grid_tile_width
-                )
-                mi = mc * tiles.cluster + cta
-                wg_rows = pl.ds(pl.multiple_of(mi * cta_m + wg * wg_m, wg_m), wg_m)
-                column0 = ni * TILE_N
-
-                def compute(run):
-                    logits = pl.run_scoped(
-                        lambda acc_ref: (run(acc_ref), acc_ref[...])[1],
-                        plgpu.ACC((wg_m, TILE_N), jnp.float32),
-                    )
-                    plgpu.barrier_arrive(consumed)
-                    epilogue(logits)
-
-                def epilogue(logits):
-                    if softcap:
-                        logits = softcap * jnp.tanh(logits * (1 / softcap))
-                    column = plgpu.broadcasted_iota(
-                        jnp.int32, (wg_m, TILE_N), 1, layout=plgpu.Layout.WGMMA
-                    )
-                    counts = column < vocab_size - column0
-                    if smoothing:
-                        kept = jnp.where(counts, logits, 0.0) if has_tail else logits
-                        sum_gmem[ni, wg_rows] = kept.sum(1)
-                    if has_tail:
-                        logits = jnp.where(counts, logits, -jnp.inf)
-                    m = jnp.maximum(logits.max(1), FINITE_MIN)
-                    m_gmem[ni, wg_rows] = m
-
-                    @pl.when(hit_gmem[mi * 2 + wg, ni] != 0)
-                    def _label():
-                        label = plgpu.load(
-                            labels_gmem.at[wg_rows], layout=by_row, optimized=False
-                        )
-                        label = lax.broadcast_in_dim(
-                            label - column0, (wg_m, TILE_N), (0,)
-                        )
-                        own = jnp.where(column == label, logits, 0.0)
-                        label_gmem[ni, wg_rows] = own.sum(1)
-
-                    total = None
-                    m = lax.broadcast_in_dim(m, (wg_m, PART_N), (0,))
-                    for i in range(TILE_N // PART_N):
-                        part = logits[:, i * PART_N : (i + 1) * PART_N]
-                        p = jnp.exp2((part - m) * LOG2_E + SHIFT)
-                        total = p.sum(1) if total is None else total + p.sum(1)
-                        if write:
-                            if softcap:
-                                c = part * (1 / softcap)
-                                p *= jnp.maximum(1 - c * c, 0.0)  # c of -inf: 0
-                            store(p, i)
-                    s_gmem[ni, wg_rows] = total
-
-                def store(p, i):
-                    slot = p_smem.at[wg, i % 2]
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    p = p.astype(jnp.float16)
-                    slot[...] = lax.bitcast_convert_type(p, jnp.bfloat16)
-                    plgpu.commit_smem()
-                    columns = pl.ds(column0 + i * PART_N, PART_N)
-                    plgpu.copy_smem_to_gmem(slot, p_gmem.at[wg_rows, columns])
-
-                def step(_, x_smem, w_smem, acc_ref):
-                    plgpu.wgmma(acc_ref, x_smem.at[pl.ds(wg * wg_m, wg_m)], w_smem)
-                    plgpu.wgmma_wait(1)
-                    return acc_ref
-
-                pipeline(step, compute)(
-                    x_gmem.at[pl.ds(mi * cta_m, cta_m), :],
-                    w_gmem.at[:, pl.ds(column0, TILE_N)],
-                    allocations=allocations,
-                )
-
-                @pl.when(wg == 2)
-                def _wait():  # see matmul: the pipeline never releases its last step
-                    plgpu.barrier_wait(consumed)
-
-        plgpu.wait_smem_to_gmem(0)
-
-    clusters = min(m_iters * n_iters, _num_sms() // tiles.cluster)
-    return plgpu.kernel(
-        logits_kernel,
-        out_type=tuple(out_type),
-        grid=(clusters,),
-        grid_names=("cluster_grid",),
-        cluster=(tiles.cluster,),
-        cluster_names=("cluster",),
-        num_threads=3,
-        thread_name="wg",
+    return tiled_matmul(
+        x, (weight,), partial(_statistics, options, vocab_size, write),
+        name="logits", extra=(labels, hit), out_type=tuple(out_type), tiles=tiles,
         # Hopper's approximate tanh has an error of 2^-11; its exp2 has one of 2^-22.
-        compiler_params=plgpu.CompilerParams(approx_math=not softcap),
-    )(x, weight, labels, hit)
+        approx_math=not options.logit_softcap,
+    )  # fmt: skip
+
+
+def _statistics(options, vocab_size, write, tile, accs, extra, outs):
+    """The epilogue of the logits' product."""
+    pl, plgpu = _pallas()
+    (logits,), (labels_gmem, hit_gmem) = accs, extra
+    m_gmem, s_gmem, label_gmem, *outs = outs
+    softcap, shape = options.logit_softcap, logits.shape
+    own_rows = pl.ds(tile.row, shape[0])
+    t = tile.column // TILE_N
+    if softcap:
+        logits = softcap * jnp.tanh(logits * (1 / softcap))
+    layout = plgpu.Layout.WGMMA
+    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
+    counts = column < vocab_size - tile.column
+    has_tail = vocab_size % TILE_N != 0
+    if options.label_smoothing:
+        sum_gmem = outs.pop(0)
+        kept = jnp.where(counts, logits, 0.0) if has_tail else logits
+        sum_gmem[t, own_rows] = kept.sum(1)
+    if has_tail:
+        logits = jnp.where(counts, logits, -jnp.inf)
+    m = jnp.maximum(logits.max(1), FINITE_MIN)
+    m_gmem[t, own_rows] = m
+
+    @pl.when(hit_gmem[tile.row // shape[0], t] != 0)
+    def _label():
+        label = plgpu.load(
+            labels_gmem.at[own_rows], layout=layout.reduce(1), optimized=False
+        )
+        label = lax.broadcast_in_dim(label - tile.column, shape, (0,))
+        own = jnp.where(column == label, logits, 0.0)
+        label_gmem[t, own_rows] = own.sum(1)
+
+    total = 0.0
+    m = lax.broadcast_in_dim(m, (shape[0], tile.part), (0,))
+    for i in range(tile.num_parts):
+        part = logits[:, tile.columns(i)]
+        p = jnp.exp2((part - m) * LOG2_E + SHIFT)
+        total = total + p.sum(1) if i else p.sum(1)
+        if write:
+            if softcap:
+                c = part * (1 / softcap)
+                p *= jnp.maximum(1 - c * c, 0.0)  # c of -inf: 0
+            p = lax.bitcast_convert_type(p.astype(jnp.float16), jnp.bfloat16)
+            tile.write(outs[0], i, p, i)
+    s_gmem[t, own_rows] = total
 
 
 def _hits(labels, rows: int, n_iters: int):
@@ -356,11 +227,6 @@ def _pallas() -> tuple[Any, Any]:
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
     return pl, plgpu
-
-
-def _num_sms() -> int:
-    device = jax.local_devices()[0]
-    return device.core_count if device.platform == "gpu" else H200_SMS
 
 
 def gradient_kernel(p_ref, scale, smooth, at_label, labels) -> None:

@@ -185,6 +185,7 @@ def tiled_matmul(
     transpose_a: bool = False,
     transpose_b: bool = False,
     tiles: Tiles,
+    approx_math: bool = True,
 ) -> Any:
     """Multiply A with each B and hand the f32 accumulators of a tile to `epilogue`.
 
@@ -201,6 +202,7 @@ def tiled_matmul(
         reads: whether it calls `Epilogue.read`.
         transpose_a, transpose_b: see above.
         tiles: see `Tiles`.
+        approx_math: whether the epilogue's exp and tanh may be the fast ones.
 
     Returns:
         A tuple of the results.
@@ -329,7 +331,7 @@ def tiled_matmul(
         cluster_names=("cluster",),
         num_threads=3,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=approx_math),
     )(a, *bs, *extra)
 
 
