@@ -3,12 +3,12 @@
 from mst_jax.ops.matmul.mosaic_gpu import (
     OLDEST_JAX,
     Epilogue,
-    Tiles,
     in_place,
     matmul,
     obstacle,
     tiled_matmul,
 )
+from mst_jax.ops.matmul.tiles import Tiles
 
 __all__ = [
     "OLDEST_JAX",
