@@ -17,6 +17,7 @@ from mst_jax.ops.linear_cross_entropy import (
     mosaic_gpu,
 )
 from mst_jax.ops.linear_cross_entropy.xla import Options
+from mst_jax.ops.matmul import mosaic_gpu as core
 
 OPTIONS = [
     {},
@@ -131,7 +132,7 @@ def test_value_and_gradients(kernels, T, D, V, B, chunk_size):
 def test_tiles_one_after_the_other(kernels, monkeypatch):
     # Few multiprocessors, and a depth of one step: do the loads of a block's next tile
     # wait for this one to be read?
-    monkeypatch.setattr(mosaic_gpu, "_num_sms", lambda: 2)
+    monkeypatch.setattr(core, "num_sms", lambda: 2)
     x, w, y = make(40, 64, 700)
     assert_no_worse_than_xla(x, w, y)
 
