@@ -111,9 +111,8 @@ def _compile(cfg: Config, model: ModelConfig, gpu: Gpu) -> dict[str, int | str]:
     from mst_jax.train_step import init_train_state, make_train_step
 
     # They ask this process's device, which is a CPU.
-    no_cudnn = None if gpu.has_bf16 else "compute capability below 8.0"
     no_kernel = None if gpu.capability == (9, 0) else "compute capability not 9.0"
-    attention._device_obstacle = lambda q: no_cudnn
+    attention._capability = lambda: gpu.capability
     loss._device_obstacle = mlp._device_obstacle = lambda: no_kernel
 
     topology = topologies.get_topology_desc(

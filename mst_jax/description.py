@@ -20,9 +20,12 @@ def implementations(cfg: Config, model: ModelConfig) -> dict[str, tuple[str, str
     An op that has a choice has `choose_implementation`; ask it here.
     """
     dtype = jnp.dtype(cfg.train.compute_dtype)
+    batch = cfg.data.batch_size // (cfg.mesh.data * cfg.mesh.fsdp)
+    heads = model.num_heads // cfg.train.head_groups
     name, why = attention.choose_implementation(
-        model.head_size, dtype, segmented=cfg.data.packing
-    )
+        model.head_size, dtype, segmented=cfg.data.packing,
+        shape=(batch, cfg.data.seq_len, heads),
+    )  # fmt: skip
     asked = cfg.train.asked_implementation
     return {
         "attention": (name, f"not cudnn: {why}" if name == "xla" else why),

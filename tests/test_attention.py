@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mst_jax.ops.attention import (
+    api,
     attention,
     attention_backward,
     attention_forward,
@@ -297,7 +298,6 @@ def test_skipped_blocks_are_not_read():
         ({"dtype": jnp.float32}, "not float32"),
         ({"H": 12}, "head size 12"),
         ({"H": 264}, "head size 264"),
-        ({"segment_ids": jnp.ones((2, 8), jnp.int32)}, "segment ids"),
         ({"softcap": 2.0}, "softcap"),
         ({"sliding_window": 2, "causal": False}, "window only with causal"),
     ],
@@ -315,12 +315,48 @@ def test_choice_says_why():
         "xla",
         "takes bfloat16 and float16, not float32",
     )
-    for options in ({"segmented": True}, {"segmented": False, "softcap": 1.0}):
-        name, why = choose_implementation(64, jnp.bfloat16, **options)
-        assert name == "xla" and why.startswith("has no")
+    choice = choose_implementation(64, jnp.bfloat16, segmented=False, softcap=1.0)
+    assert choice == ("xla", "has no softcap")
     if jax.default_backend() == "cpu":
         choice = choose_implementation(64, jnp.bfloat16, segmented=False)
         assert choice == ("xla", "there is no GPU (cpu)")
+
+
+@pytest.mark.parametrize(
+    "capability, head_size, segmented, reason",
+    [
+        ((7, 5), 64, False, "compute capability 7.5 is below 8.0"),
+        ((8, 6), 128, False, None),
+        ((8, 6), 256, False, "head size 256 needs compute capability 9.0"),
+        ((8, 6), 128, True, "packed documents need compute capability 9.0, this is 8"),
+        ((9, 0), 128, True, None),
+        ((10, 0), 256, True, None),
+    ],
+)
+def test_choice_by_device(monkeypatch, capability, head_size, segmented, reason):
+    monkeypatch.setattr(api, "_capability", lambda: capability)
+    name, why = choose_implementation(head_size, jnp.bfloat16, segmented=segmented)
+    assert name == ("xla" if reason else "cudnn")
+    assert why.startswith(reason or "this GPU has it")
+    if segmented and reason:
+        args, _ = make(8, dtype=jnp.bfloat16)
+        ids = jnp.ones((2, 8), jnp.int32)
+        with pytest.raises(NotImplementedError, match=reason):
+            attention(*args, segment_ids=ids, implementation="cudnn")
+
+
+def test_packed_offsets_have_32_bits(monkeypatch):
+    monkeypatch.setattr(api, "_capability", lambda: (9, 0))
+
+    def choose(T, N, segmented=True):
+        options = {"segmented": segmented, "shape": (1, T, N)}
+        return choose_implementation(128, jnp.bfloat16, **options)
+
+    assert choose(400_000, 32) == ("cudnn", "this GPU has it")
+    assert choose(524_288, 32, segmented=False)[0] == "cudnn"
+    name, why = choose(524_288, 32)
+    assert name == "xla" and why.endswith("take more head groups")
+    assert choose(524_288, 4)[0] == "cudnn"
 
 
 def test_unknown_implementation():

@@ -4,6 +4,7 @@ Llama3-8B's width: D=4096, F=14336, V=128256, 32 query and 8 key/value heads of 
 References are computed in f32 on the GPU too, in blocks that fit.
 """
 
+import time
 from functools import partial
 
 import jax
@@ -120,12 +121,61 @@ def test_attention(T, implementation):
     check_attention(T, implementation)
 
 
+def documents(T, *lengths):
+    ids = np.repeat(np.arange(len(lengths)) + 1, lengths)[:T]
+    return jnp.asarray(np.pad(ids, (0, T - len(ids)))[None], jnp.int32)
+
+
+PACKINGS = {
+    "random": lambda T: documents(T, *np.random.default_rng(0).integers(1, T // 4, 32)),
+    "one": lambda T: documents(T, T),
+    "short and long": lambda T: documents(T, 1, T // 2 + 1, 1, 1, 17, T // 3, 2),
+    "irregular": lambda T: documents(T, *[T // 8] * 8)[:, ::-1],
+}
+
+
 @pytest.mark.parametrize("T", LENGTHS)
-def test_packed_attention(T):
-    lengths = np.random.default_rng(0).integers(1, T // 4, 32)
-    ends = np.cumsum(lengths)
-    segments = np.searchsorted(ends, np.arange(T), "right") + 1
-    check_attention(T, "xla", jnp.asarray(segments, jnp.int32)[None])
+@pytest.mark.parametrize("implementation", ["cudnn", "xla"])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_packed_attention(T, implementation, packing):
+    check_attention(T, implementation, PACKINGS[packing](T))
+
+
+@pytest.mark.parametrize("T, window, head_size", [(4096, 100, H), (5000, 1000, 64)])
+def test_packed_attention_is_that_of_xla(T, window, head_size):
+    # Sliding windows, another head size, a length that the levels do not divide, and
+    # two rows.
+    heads = enumerate((N, K, K, N))
+    q, k, v, d_out = (normal(seed, 2, T, n, head_size) for seed, n in heads)
+    rows = [documents(T, 700, 3, 1800, 1, 1, 900), documents(T, T - 40)]
+    options = {"segment_ids": jnp.concatenate(rows), "sliding_window": window}
+
+    def run(implementation):
+        fn = partial(attention, implementation=implementation, **options)
+        return out_and_gradients(fn, (q, k, v), d_out)
+
+    assert max(errors(run("cudnn"), run("xla"))) < 1e-2  # both are within 5e-3 of f32
+
+
+def test_packed_documents_cost_what_their_lengths_cost():
+    T = 32768
+    args, d_out = make_attention(T)
+
+    @jax.jit
+    def step(args, d_out, segment_ids):
+        fn = partial(attention, segment_ids=segment_ids, implementation="cudnn")
+        return jax.vjp(fn, *args)[1](d_out)
+
+    def seconds(segment_ids):
+        jax.block_until_ready(step(args, d_out, segment_ids))
+        began = time.perf_counter()
+        for _ in range(5):
+            out = step(args, d_out, segment_ids)
+        jax.block_until_ready(out)
+        return time.perf_counter() - began
+
+    one, two = seconds(documents(T, T)), seconds(documents(T, T // 2, T // 2))
+    assert two < 0.6 * one, (two, one)
 
 
 @pytest.mark.parametrize("window", [1, 1000])
@@ -143,12 +193,13 @@ def test_cudnn_window_is_that_of_xla(window):
 
 
 def test_cudnn_is_what_runs():
-    for head_size in (64, 128):
-        name, why = choose_implementation(head_size, jnp.bfloat16, segmented=False)
+    for head_size, segmented in ((64, False), (128, False), (128, True)):
+        name, why = choose_implementation(head_size, jnp.bfloat16, segmented=segmented)
         assert name == "cudnn", why
     args, d_out = make_attention(LENGTHS[0])
-    text = jax.jit(attention).lower(*args).compile().as_text()
-    assert "cudnn" in text
+    for ids in (None, documents(LENGTHS[0], 1000)):
+        fn = jax.jit(partial(attention, segment_ids=ids))
+        assert "cudnn$fmha" in fn.lower(*args).compile().as_text()
 
 
 def test_swiglu_at_8b_width():

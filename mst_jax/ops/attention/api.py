@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mst_jax.ops.attention import cudnn, xla
+from mst_jax.ops.attention import cudnn, packed, xla
 
 
 def attention(
@@ -31,7 +32,10 @@ def attention(
         causal: whether a token sees only itself and those before it.
         sliding_window: number of tokens that a token sees to its left, itself
             included (and to its right, if not causal).
-        segment_ids: [B, T]; tokens see only their own segment.
+        segment_ids: [B, T]; tokens see only those with their own id. 'cudnn' is at its
+            best with ids that rise along a row, or fall to 0 at its end (padding); a
+            batch with others, or with very many documents of a few tokens, is right,
+            but computed as 'xla' does (see `packed`).
         softcap: scores become cap * tanh(scores / cap).
         implementation: 'cudnn', 'xla', or None for `choose_implementation`'s.
 
@@ -98,12 +102,15 @@ def _choose(q, k, v, causal, sliding_window, segment_ids, softcap, implementatio
         raise ValueError(f"{sliding_window=} must be at least 1")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"{softcap=} must be positive or None")
+    segmented = segment_ids is not None
     obstacle = _cudnn_obstacle(
-        q, segmented=segment_ids is not None, softcap=softcap,
+        q, segmented=segmented, softcap=softcap,
         window_two_sided=sliding_window is not None and not causal,
     )  # fmt: skip
+    if implementation is None or (segmented and _capability()):
+        obstacle = obstacle or _device_obstacle(q, segmented=segmented)
     if implementation is None:
-        implementation = "xla" if obstacle or _device_obstacle(q) else "cudnn"
+        implementation = "xla" if obstacle else "cudnn"
     if implementation not in ("cudnn", "xla"):
         raise NotImplementedError(f"{implementation=} is not 'cudnn' or 'xla'")
     if implementation == "cudnn" and obstacle:
@@ -113,13 +120,15 @@ def _choose(q, k, v, causal, sliding_window, segment_ids, softcap, implementatio
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(how: _How, q, k, v, segment_ids) -> Any:
-    if how.implementation == "cudnn":
+    if how.implementation == "cudnn" and segment_ids is None:
         return cudnn.forward_only(q, k, v, causal=how.causal, window=how.window)
     return _forward(how, q, k, v, segment_ids)[0]
 
 
 def _forward(how: _How, q, k, v, segment_ids) -> tuple[jax.Array, jax.Array]:
     options = {"causal": how.causal, "window": how.window}
+    if how.implementation == "cudnn" and segment_ids is not None:
+        return packed.forward(q, k, v, segment_ids, **options)
     if how.implementation == "cudnn":
         return cudnn.flash_forward(q, k, v, **options)
     return xla.flash_forward(q, k, v, segment_ids, softcap=how.softcap, **options)
@@ -133,7 +142,11 @@ def _forward_rule(how: _How, q, k, v, segment_ids):
 def _backward(how: _How, residuals, d_out):
     q, k, v, segment_ids, out, lse = residuals
     options = {"causal": how.causal, "window": how.window}
-    if how.implementation == "cudnn":
+    if how.implementation == "cudnn" and segment_ids is not None:
+        dq, dk, dv = packed.backward(
+            q, k, v, segment_ids, out, lse, d_out, **options
+        )  # fmt: skip
+    elif how.implementation == "cudnn":
         dq, dk, dv = cudnn.flash_backward(q, k, v, out, lse, d_out, **options)
     else:
         dq, dk, dv = xla.flash_backward(
@@ -146,13 +159,21 @@ _attention.defvjp(_forward_rule, _backward)
 
 
 def choose_implementation(
-    head_size: int, dtype, *, segmented: bool, softcap: float | None = None
+    head_size: int,
+    dtype,
+    *,
+    segmented: bool,
+    softcap: float | None = None,
+    shape: tuple[int, int, int] = (1, 1, 1),
 ) -> tuple[str, str]:
-    """Return ('cudnn' or 'xla', why), as `attention` chooses on this device."""
-    q = jax.ShapeDtypeStruct((1, 1, 1, head_size), dtype)
+    """Return ('cudnn' or 'xla', why), as `attention` chooses on this device.
+
+    `shape` is (B, T, N) of one call.
+    """
+    q = jax.ShapeDtypeStruct((*shape, head_size), dtype)
     obstacle = _cudnn_obstacle(
         q, segmented=segmented, softcap=softcap, window_two_sided=False
-    ) or _device_obstacle(q)
+    ) or _device_obstacle(q, segmented=segmented)
     return ("xla", obstacle) if obstacle else ("cudnn", "this GPU has it")
 
 
@@ -161,8 +182,11 @@ def _cudnn_obstacle(q, *, segmented, softcap, window_two_sided) -> str | None:
         return f"takes bfloat16 and float16, not {q.dtype}"
     if q.shape[-1] % 8 or q.shape[-1] > 256:
         return f"head size {q.shape[-1]} is no multiple of 8 or above 256"
-    if segmented:
-        return "has no segment ids (packed documents)"
+    if segmented and prod(q.shape) >= 2**31 - 2**27:
+        return (
+            f"offsets of packed documents are 32 bits, too few for q of {q.shape}: "
+            "take more head groups"
+        )
     if softcap:
         return "has no softcap"
     if window_two_sided:
@@ -170,12 +194,28 @@ def _cudnn_obstacle(q, *, segmented, softcap, window_two_sided) -> str | None:
     return None
 
 
-def _device_obstacle(q) -> str | None:
-    if jax.default_backend() != "gpu":
+def _device_obstacle(q, *, segmented) -> str | None:
+    capability = _capability()
+    if capability is None:
         return f"there is no GPU ({jax.default_backend()})"
-    capability = float(jax.local_devices()[0].compute_capability)
-    if capability < 8.0:
-        return f"compute capability {capability} is below 8.0"
-    if q.shape[-1] > 128 and capability < 9.0:
+    if capability < (8, 0):
+        return f"compute capability {_dotted(capability)} is below 8.0"
+    if capability < (9, 0) and q.shape[-1] > 128:
         return f"head size {q.shape[-1]} needs compute capability 9.0"
+    if capability < (9, 0) and segmented:
+        return (
+            "packed documents need compute capability 9.0, "
+            f"this is {_dotted(capability)}"
+        )
     return None
+
+
+def _capability() -> tuple[int, int] | None:
+    if jax.default_backend() != "gpu":
+        return None
+    major, minor = jax.local_devices()[0].compute_capability.split(".")
+    return int(major), int(minor)
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))

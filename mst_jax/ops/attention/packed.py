@@ -1,0 +1,206 @@
+"""Packed documents on cuDNN: each one costs what its own length costs.
+
+cuDNN takes documents as offsets and lengths. A call is compiled for S documents of at
+most L tokens, and its memory grows as S L whatever they are. So there is a call for
+each of a few levels of length, L_j = T / r^j: of n tokens fewer than S_j = r^(j + 1) B
+= r n / L_j documents can be longer than L_(j+1). Level j runs those of L_(j+1) < length
+<= L_j, and S_j L_j is r n at every level; a level without documents does not run. The
+last level has no such bound for its short documents: a batch with more than S of them,
+and one whose ids do not rise, run on XLA flash instead, in a branch of the program.
+
+Memory, beside a dense call's: r times its workspace, and out (or dq, dk, dv) twice.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mst_jax.ops.attention import cudnn, xla
+
+RATIO = 2
+"""r. Smaller is less memory, larger fewer calls."""
+SMALLEST = 16
+"""Tokens that the last level's documents are cut down to, at the least."""
+
+
+class Documents(NamedTuple):
+    """Where the documents of B rows are, the rows in one sequence of n tokens."""
+
+    level: jax.Array
+    """Int [n], the level of each token's document; -1 in none, after a row's end."""
+    slot: jax.Array
+    """Int [n], the document's number among those of its level."""
+    inside: jax.Array
+    """Int [n], the token's place in its document."""
+    starts: jax.Array
+    """Int [sum of all S_j], the documents' first tokens; n where there is none."""
+    sizes: jax.Array
+    """Int, their tokens; 0 where there is none."""
+    regular: jax.Array
+    """Bool, whether the levels hold all documents."""
+
+
+def level_lengths(T: int, ratio: int, smallest: int) -> list[int]:
+    """Return L_0 >= T, the length of a padded row, L_0 / r, L_0 / r^2, ..."""
+    count = 0
+    while T // ratio ** (count + 1) >= smallest:
+        count += 1
+    last = -(-T // ratio**count)
+    return [last * ratio**j for j in range(count, -1, -1)]
+
+
+def find_documents(ids: jax.Array, lengths: list[int], ratio: int) -> Documents:
+    """Find the runs of equal ids in rows that are padded to lengths[0] tokens.
+
+    Args:
+        ids: int [B, T].
+        lengths: those of `level_lengths`.
+        ratio: r.
+    """
+    B, T = ids.shape
+    width = lengths[0]
+    t = jnp.arange(B * width)
+    in_row = t % width
+    flat = jnp.pad(ids, ((0, 0), (0, width - T))).ravel()
+    first = (in_row == 0) | (in_row == T) | (flat != jnp.roll(flat, 1))
+    start = jax.lax.cummax(jnp.where(first, t, 0))
+    following = jax.lax.cummin(jnp.where(first, t, t.size), reverse=True)
+    size = jnp.append(following[1:], t.size) - start
+    level = sum((size <= most).astype(jnp.int32) for most in lengths) - 1
+    level = jnp.where(in_row < T, level, -1)
+
+    of_level = level == jnp.arange(len(lengths))[:, None]
+    number = jnp.cumsum(of_level & first, axis=1) - 1  # [levels, n]
+    slot = jnp.where(of_level, number, 0).sum(0)
+    capacities = [_capacity(B, lengths, i, ratio) for i in range(len(lengths))]
+    bases = jnp.array([sum(capacities[:i]) for i in range(len(lengths))])
+    total = sum(capacities)
+    fits = slot < jnp.array(capacities)[level]
+    target = jnp.where(first & fits & (level >= 0), bases[level] + slot, total)
+    starts = jnp.full(total, t.size).at[target].set(t, mode="drop")
+    sizes = jnp.zeros_like(starts).at[target].set(size, mode="drop")
+    regular = fits.all() & _rises(ids)
+    return Documents(level, slot, t - start, starts, sizes, regular)
+
+
+def _rises(ids):
+    """Whether each row's ids never fall, 0 last or first: no document comes back."""
+    padding = jax.lax.cummax((ids != 0).astype(jnp.int32), axis=1, reverse=True) == 0
+    keys = jnp.where(padding, jnp.iinfo(ids.dtype).max, ids)
+    zero_twice = padding.any(1) & ((ids == 0) & ~padding).any(1)
+    return (keys[:, 1:] >= keys[:, :-1]).all() & ~zero_twice.any()
+
+
+def _capacity(B, lengths, level, ratio):
+    """S, the documents that a level's call takes."""
+    return ratio * B * lengths[0] // lengths[level]
+
+
+def forward(q, k, v, segment_ids, *, causal, window):
+    """Return (out, logsumexp) as `cudnn.flash_forward`, for segment_ids [B, T]."""
+    B, T, N, _ = q.shape
+    lengths = level_lengths(T, RATIO, SMALLEST)
+    documents = find_documents(segment_ids, lengths, RATIO)
+    options = {"causal": causal, "window": window}
+
+    def one_level(level, carry, q, k, v):
+        out, lse = carry
+        own, segments = _segments(documents, level, B, lengths)
+        part, stats = cudnn.segments_forward(q, k, v, *segments, **options)
+        where = documents.slot, slice(None), documents.inside
+        part_lse = stats.at[where].get(mode="clip")  # [n, N]
+        part_lse = part_lse.reshape(*own.shape, N).swapaxes(1, 2)
+        out = jnp.where(own[..., None, None], part, out)
+        return out, jnp.where(own[:, None], part_lse, lse)
+
+    def by_level(q, k, v):
+        q, k, v = (_pad(a, lengths) for a in (q, k, v))
+        empty = jnp.zeros_like(q), jnp.zeros((B, N, lengths[0]), jnp.float32)
+        out, lse = _for_levels(documents, lengths, one_level, empty, q, k, v)
+        return _flat(out[:, :T]), lse[..., :T]
+
+    def by_blocks(q, k, v):
+        out, lse = xla.flash_forward(q, k, v, segment_ids, softcap=None, **options)
+        return _flat(out), lse
+
+    out, lse = jax.lax.cond(documents.regular, by_level, by_blocks, q, k, v)
+    return out.reshape(q.shape), lse
+
+
+def backward(q, k, v, segment_ids, out, lse, d_out, *, causal, window):
+    """Return (dq, dk, dv) from what `forward` took and returned."""
+    B, T, N, _ = q.shape
+    lengths = level_lengths(T, RATIO, SMALLEST)
+    documents = find_documents(segment_ids, lengths, RATIO)
+    options = {"causal": causal, "window": window}
+
+    def one_level(level, carry, q, k, v, out, lse, d_out):
+        own, segments = _segments(documents, level, B, lengths)
+        starts, _, size = segments
+        tokens = starts[:, None] + jnp.arange(size)
+        stats = lse.at[:, tokens].get(mode="clip").swapaxes(0, 1)  # [S, N, L]
+        new = cudnn.segments_backward(
+            q, k, v, out, stats, d_out, *segments, **options
+        )  # fmt: skip
+        return [
+            jnp.where(own[..., None, None], a, b)
+            for a, b in zip(new, carry, strict=True)
+        ]
+
+    def by_level(q, k, v, out, lse, d_out):
+        arrays = [_pad(a, lengths) for a in (q, k, v, out, d_out)]
+        q, k, v, out, d_out = arrays
+        lse = jnp.pad(lse, ((0, 0), (0, 0), (0, lengths[0] - T)))
+        lse = lse.swapaxes(0, 1).reshape(N, -1)
+        empty = [jnp.zeros_like(a) for a in (q, k, v)]
+        gradients = _for_levels(
+            documents, lengths, one_level, empty, q, k, v, out, lse, d_out
+        )
+        return [_flat(a[:, :T]) for a in gradients]
+
+    def by_blocks(q, k, v, out, lse, d_out):
+        gradients = xla.flash_backward(
+            q, k, v, segment_ids, out, lse, d_out, softcap=None, **options
+        )
+        return [_flat(a) for a in gradients]
+
+    arrays = (q, k, v, out, lse, d_out)
+    found = jax.lax.cond(documents.regular, by_level, by_blocks, *arrays)
+    dq, dk, dv = (a.reshape(b.shape) for a, b in zip(found, (q, k, v), strict=True))
+    return dq, dk, dv
+
+
+def _for_levels(documents, lengths, one_level, carry, *arrays):
+    """Fold one_level(level, carry, *arrays) over the levels that have documents."""
+    count = len(lengths)
+    has_any = (documents.level == jnp.arange(count)[:, None]).any(1)
+    (used,) = jnp.nonzero(has_any, size=count, fill_value=0)
+
+    def branch(level):
+        return lambda carry: one_level(level, carry, *arrays)
+
+    branches = [branch(level) for level in range(count)]
+
+    def body(i, carry):
+        return jax.lax.switch(used[i], branches, carry)
+
+    return jax.lax.fori_loop(0, has_any.sum(), body, carry)
+
+
+def _segments(documents, level, B, lengths):
+    """Return which tokens are a level's, bool [B, L_0], and its (starts, sizes, L)."""
+    capacities = [_capacity(B, lengths, i, RATIO) for i in range(level + 1)]
+    part = slice(sum(capacities[:-1]), sum(capacities))
+    own = (documents.level == level).reshape(B, -1)
+    return own, (documents.starts[part], documents.sizes[part], lengths[level])
+
+
+def _flat(a):
+    # One layout for both branches: of [B, T, N, H] XLA takes its flash attention's,
+    # heads first, and transposes cuDNN's result there and back.
+    return a.reshape(*a.shape[:2], -1)
+
+
+def _pad(a, lengths):
+    return jnp.pad(a, ((0, 0), (0, lengths[0] - a.shape[1]), (0, 0), (0, 0)))
