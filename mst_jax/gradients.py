@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from mst_jax.config import Config, ModelConfig
 from mst_jax.layer import Context
+from mst_jax.ops.attention import find_documents
 from mst_jax.ops.linear_cross_entropy import linear_cross_entropy
 from mst_jax.ops.rms_norm import rms_norm
 from mst_jax.ops.rope import rope_tables
@@ -61,11 +62,12 @@ def forward(
     positions = batch.get("positions")
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
+    segment_ids = batch.get("segment_ids")
     plan = make_plan(cfg, model)
     ctx = Context(
         cfg=model,
         rope=rope_tables(model.rope, model.head_size, positions),
-        segment_ids=batch.get("segment_ids"),
+        segment_ids=None if segment_ids is None else find_documents(segment_ids),
         chunk_size=layer_chunk_size(cfg, model, B, T),
         head_groups=cfg.train.head_groups,
         mlp_implementation=cfg.train.asked_implementation,

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from mst_jax.config import ModelConfig
 from mst_jax.mini_sequence import for_chunks, put_tokens, take_tokens
-from mst_jax.ops.attention import attention_backward, attention_forward
+from mst_jax.ops.attention import Documents, attention_backward, attention_forward
 from mst_jax.ops.rms_norm import rms_norm
 from mst_jax.ops.rope import apply_rope
 from mst_jax.ops.swiglu import mlp_backward, mlp_forward
@@ -40,8 +40,8 @@ class Context:
     cfg: ModelConfig
     rope: tuple[jax.Array, jax.Array]
     """cos and sin, f32 [B, T, H/2]."""
-    segment_ids: jax.Array | None
-    """[B, T] documents of a packed row, or None."""
+    segment_ids: jax.Array | Documents | None
+    """Documents of packed rows, [B, T] or as `find_documents` finds them; or None."""
     chunk_size: int
     """Tokens of a chunk."""
     head_groups: int = 1

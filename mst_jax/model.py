@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mst_jax.model_config import ModelConfig
-from mst_jax.ops.attention import attention
+from mst_jax.ops.attention import attention, find_documents
 from mst_jax.ops.rms_norm import rms_norm
 from mst_jax.ops.rope import apply_rope, rope_tables
 from mst_jax.ops.swiglu import swiglu
@@ -174,12 +174,13 @@ class Llama(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         rope = rope_tables(self.cfg.rope, self.cfg.head_size, positions)
+        documents = None if segment_ids is None else find_documents(segment_ids)
         graph, state = nnx.split(self.layers)
 
         def body(x, layer_state):
             layer = nnx.merge(graph, gather(layer_state))
             x = layer(
-                x, rope, segment_ids,
+                x, rope, documents,
                 mlp_chunk_size=mlp_chunk_size, mlp_implementation=mlp_implementation,
                 implementation=implementation,
             )  # fmt: skip

@@ -92,8 +92,9 @@ def run(ids, N=2, K=1, causal=True, window=None):
 
     @partial(jax.jit, compiler_options=FAST)
     def ours(args, d_out, ids):
-        out, lse = packed.forward(*args, ids, **options)
-        return out, *packed.backward(*args, ids, out, lse, d_out, **options)
+        documents = packed.find_documents(ids)
+        out, lse = packed.forward(*args, documents, **options)
+        return out, *packed.backward(*args, documents, out, lse, d_out, **options)
 
     @partial(jax.jit, compiler_options=FAST)
     def theirs(args, d_out, ids):
@@ -193,7 +194,7 @@ def test_halves_and_head_groups(calls, monkeypatch):
     monkeypatch.setattr("mst_jax.ops.attention.api._cudnn_obstacle", lambda *a, **k: "")
     ids = jnp.asarray(row(30, 20, 10, padding=4)[None], jnp.int32)
     (q, k, v), d_out = make(64, N=4, K=2, B=1)
-    options = {"segment_ids": ids, "implementation": "cudnn"}
+    options = {"segment_ids": packed.find_documents(ids), "implementation": "cudnn"}
     got = []
     for g in range(2):
         q_g, k_g, v_g = (
@@ -225,14 +226,16 @@ def test_level_lengths():
 
 
 @pytest.mark.parametrize("T, ratio", [(48, 2), (50, 2), (64, 4), (7, 2), (97, 3)])
-def test_find_documents(T, ratio):
+def test_find_documents(monkeypatch, T, ratio):
+    monkeypatch.setattr(packed, "RATIO", ratio)
+    monkeypatch.setattr(packed, "SMALLEST", 8)
     rng = np.random.default_rng(T)
     ids = np.sort(rng.integers(0, 2 + T // 10, (3, T)))
     ids[1] = 1
     lengths = packed.level_lengths(T, ratio, 8)
-    documents = packed.find_documents(jnp.asarray(ids), lengths, ratio)
+    documents = packed.find_documents(jnp.asarray(ids))
     width = lengths[0]
-    level, slot, inside, starts, sizes, _ = map(np.asarray, documents)
+    _, level, slot, inside, starts, sizes, _ = map(np.asarray, documents)
     want = {i: [] for i in range(len(lengths))}
     for r, row in enumerate(ids):
         for t in range(width):
@@ -249,7 +252,7 @@ def test_find_documents(T, ratio):
             assert inside[at] == at - want[own][-1][0]
     base = 0
     for i, found in want.items():
-        count = packed._capacity(3, lengths, i, ratio)
+        count = packed._capacity(3, lengths, i)
         unused = [(3 * width, 0)] * (count - len(found))
         part = slice(base, base + count)
         assert list(zip(starts[part], sizes[part], strict=True)) == found + unused
@@ -271,21 +274,22 @@ def test_find_documents(T, ratio):
         ([[1, 1, 1, 1], [1, 2, 1, 1]], False),
     ],
 )
-def test_regular(ids, regular):
-    lengths = packed.level_lengths(4, 2, 1)
-    documents = packed.find_documents(jnp.asarray(ids, jnp.int32), lengths, 2)
+def test_regular(monkeypatch, ids, regular):
+    monkeypatch.setattr(packed, "SMALLEST", 1)
+    documents = packed.find_documents(jnp.asarray(ids, jnp.int32))
     assert bool(documents.regular) == regular
 
 
-def test_a_level_holds_every_packing():
+def test_a_level_holds_every_packing(monkeypatch):
+    monkeypatch.setattr(packed, "SMALLEST", 8)
     # As many documents as can be just longer than the next level, at every level.
     lengths = packed.level_lengths(256, 2, 8)
     for level, size in enumerate(lengths[:-1]):
         each = lengths[level + 1] + 1
         most = 256 // each
-        assert most <= packed._capacity(1, lengths, level, 2)
+        assert most <= packed._capacity(1, lengths, level)
         ids = jnp.asarray(row(*[each] * most, padding=256 - most * each)[None])
-        documents = packed.find_documents(ids, lengths, 2)
+        documents = packed.find_documents(ids)
         own, (starts, sizes, L) = packed._segments(documents, level, 1, lengths)
         assert L == size and bool(documents.regular)
         assert own.sum() == most * each

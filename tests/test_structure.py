@@ -144,8 +144,8 @@ def test_the_ground_imports_nothing_of_the_package(module):
 def test_few_files_to_open_from_the_model():
     files = reached("mst_jax.model")
     lines = {m: len(MODULES[m].read_text().splitlines()) for m in sorted(files)}
-    assert len(lines) <= 9, lines
-    assert sum(lines.values()) <= 1500, (sum(lines.values()), lines)
+    assert len(lines) <= 10, lines
+    assert sum(lines.values()) <= 1800, (sum(lines.values()), lines)
 
 
 def test_no_long_file():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mst_jax.ops.attention import cudnn, packed, xla
+from mst_jax.ops.attention.packed import Documents, find_documents
 
 
 def attention(
@@ -19,7 +20,7 @@ def attention(
     *,
     causal: bool = True,
     sliding_window: int | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | Documents | None = None,
     softcap: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -35,7 +36,8 @@ def attention(
         segment_ids: [B, T]; tokens see only those with their own id. 'cudnn' is at its
             best with ids that rise along a row, or fall to 0 at its end (padding); a
             batch with others, or with very many documents of a few tokens, is right,
-            but computed as 'xla' does (see `packed`).
+            but computed as 'xla' does (see `packed`). `find_documents` of them does
+            once what every call needs of them.
         softcap: scores become cap * tanh(scores / cap).
         implementation: 'cudnn', 'xla', or None for `choose_implementation`'s.
 
@@ -52,7 +54,7 @@ def attention_forward(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     *,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | Documents | None = None,
     sliding_window: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
@@ -73,7 +75,7 @@ def attention_backward(
     lse: Float[Array, "B N T"],
     d_out: Float[Array, "B T N H"],
     *,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | Documents | None = None,
     sliding_window: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
@@ -127,11 +129,12 @@ def _attention(how: _How, q, k, v, segment_ids) -> Any:
 
 def _forward(how: _How, q, k, v, segment_ids) -> tuple[jax.Array, jax.Array]:
     options = {"causal": how.causal, "window": how.window}
-    if how.implementation == "cudnn" and segment_ids is not None:
-        return packed.forward(q, k, v, segment_ids, **options)
-    if how.implementation == "cudnn":
-        return cudnn.flash_forward(q, k, v, **options)
-    return xla.flash_forward(q, k, v, segment_ids, softcap=how.softcap, **options)
+    ids, documents = _both(segment_ids)
+    if how.implementation == "xla":
+        return xla.flash_forward(q, k, v, ids, softcap=how.softcap, **options)
+    if documents is not None:
+        return packed.forward(q, k, v, documents, **options)
+    return cudnn.flash_forward(q, k, v, **options)
 
 
 def _forward_rule(how: _How, q, k, v, segment_ids):
@@ -142,17 +145,25 @@ def _forward_rule(how: _How, q, k, v, segment_ids):
 def _backward(how: _How, residuals, d_out):
     q, k, v, segment_ids, out, lse = residuals
     options = {"causal": how.causal, "window": how.window}
-    if how.implementation == "cudnn" and segment_ids is not None:
-        dq, dk, dv = packed.backward(
-            q, k, v, segment_ids, out, lse, d_out, **options
-        )  # fmt: skip
-    elif how.implementation == "cudnn":
-        dq, dk, dv = cudnn.flash_backward(q, k, v, out, lse, d_out, **options)
-    else:
+    ids, documents = _both(segment_ids)
+    if how.implementation == "xla":
         dq, dk, dv = xla.flash_backward(
-            q, k, v, segment_ids, out, lse, d_out, softcap=how.softcap, **options
+            q, k, v, ids, out, lse, d_out, softcap=how.softcap, **options
         )
+    elif documents is not None:
+        dq, dk, dv = packed.backward(q, k, v, documents, out, lse, d_out, **options)
+    else:
+        dq, dk, dv = cudnn.flash_backward(q, k, v, out, lse, d_out, **options)
     return dq, dk, dv, None
+
+
+def _both(segment_ids):
+    """Return (ids, documents) of either, or of None."""
+    if segment_ids is None:
+        return None, None
+    if isinstance(segment_ids, Documents):
+        return segment_ids.ids, segment_ids
+    return segment_ids, find_documents(segment_ids)
 
 
 _attention.defvjp(_forward_rule, _backward)

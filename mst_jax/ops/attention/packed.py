@@ -27,6 +27,8 @@ SMALLEST = 16
 class Documents(NamedTuple):
     """Where the documents of B rows are, the rows in one sequence of n tokens."""
 
+    ids: jax.Array
+    """Int [B, T], the ids they were found by."""
     level: jax.Array
     """Int [n], the level of each token's document; -1 in none, after a row's end."""
     slot: jax.Array
@@ -50,14 +52,9 @@ def level_lengths(T: int, ratio: int, smallest: int) -> list[int]:
     return [last * ratio**j for j in range(count, -1, -1)]
 
 
-def find_documents(ids: jax.Array, lengths: list[int], ratio: int) -> Documents:
-    """Find the runs of equal ids in rows that are padded to lengths[0] tokens.
-
-    Args:
-        ids: int [B, T].
-        lengths: those of `level_lengths`.
-        ratio: r.
-    """
+def find_documents(ids: jax.Array) -> Documents:
+    """Find the runs of equal ids, int [B, T]: some 25 small kernels, once a step."""
+    lengths = level_lengths(ids.shape[1], RATIO, SMALLEST)
     B, T = ids.shape
     width = lengths[0]
     t = jnp.arange(B * width)
@@ -73,7 +70,7 @@ def find_documents(ids: jax.Array, lengths: list[int], ratio: int) -> Documents:
     of_level = level == jnp.arange(len(lengths))[:, None]
     number = jnp.cumsum(of_level & first, axis=1) - 1  # [levels, n]
     slot = jnp.where(of_level, number, 0).sum(0)
-    capacities = [_capacity(B, lengths, i, ratio) for i in range(len(lengths))]
+    capacities = [_capacity(B, lengths, i) for i in range(len(lengths))]
     bases = jnp.array([sum(capacities[:i]) for i in range(len(lengths))])
     total = sum(capacities)
     fits = slot < jnp.array(capacities)[level]
@@ -81,7 +78,7 @@ def find_documents(ids: jax.Array, lengths: list[int], ratio: int) -> Documents:
     starts = jnp.full(total, t.size).at[target].set(t, mode="drop")
     sizes = jnp.zeros_like(starts).at[target].set(size, mode="drop")
     regular = fits.all() & _rises(ids)
-    return Documents(level, slot, t - start, starts, sizes, regular)
+    return Documents(ids, level, slot, t - start, starts, sizes, regular)
 
 
 def _rises(ids):
@@ -92,16 +89,15 @@ def _rises(ids):
     return (keys[:, 1:] >= keys[:, :-1]).all() & ~zero_twice.any()
 
 
-def _capacity(B, lengths, level, ratio):
+def _capacity(B, lengths, level):
     """S, the documents that a level's call takes."""
-    return ratio * B * lengths[0] // lengths[level]
+    return RATIO * B * lengths[0] // lengths[level]
 
 
-def forward(q, k, v, segment_ids, *, causal, window):
-    """Return (out, logsumexp) as `cudnn.flash_forward`, for segment_ids [B, T]."""
+def forward(q, k, v, documents: Documents, *, causal, window):
+    """Return (out, logsumexp) as `cudnn.flash_forward`, each document for itself."""
     B, T, N, _ = q.shape
     lengths = level_lengths(T, RATIO, SMALLEST)
-    documents = find_documents(segment_ids, lengths, RATIO)
     options = {"causal": causal, "window": window}
 
     def one_level(level, carry, q, k, v):
@@ -118,21 +114,19 @@ def forward(q, k, v, segment_ids, *, causal, window):
         q, k, v = (_pad(a, lengths) for a in (q, k, v))
         empty = jnp.zeros_like(q), jnp.zeros((B, N, lengths[0]), jnp.float32)
         out, lse = _for_levels(documents, lengths, one_level, empty, q, k, v)
-        return _flat(out[:, :T]), lse[..., :T]
+        return out[:, :T], lse[..., :T]
 
     def by_blocks(q, k, v):
-        out, lse = xla.flash_forward(q, k, v, segment_ids, softcap=None, **options)
-        return _flat(out), lse
+        return xla.flash_forward(q, k, v, documents.ids, softcap=None, **options)
 
-    out, lse = jax.lax.cond(documents.regular, by_level, by_blocks, q, k, v)
-    return out.reshape(q.shape), lse
+    shapes = q.shape, (B, N, T)
+    return _either(documents.regular, by_level, by_blocks, (q, k, v), shapes)
 
 
-def backward(q, k, v, segment_ids, out, lse, d_out, *, causal, window):
+def backward(q, k, v, documents: Documents, out, lse, d_out, *, causal, window):
     """Return (dq, dk, dv) from what `forward` took and returned."""
     B, T, N, _ = q.shape
     lengths = level_lengths(T, RATIO, SMALLEST)
-    documents = find_documents(segment_ids, lengths, RATIO)
     options = {"causal": causal, "window": window}
 
     def one_level(level, carry, q, k, v, out, lse, d_out):
@@ -157,18 +151,39 @@ def backward(q, k, v, segment_ids, out, lse, d_out, *, causal, window):
         gradients = _for_levels(
             documents, lengths, one_level, empty, q, k, v, out, lse, d_out
         )
-        return [_flat(a[:, :T]) for a in gradients]
+        return tuple(a[:, :T] for a in gradients)
 
     def by_blocks(q, k, v, out, lse, d_out):
-        gradients = xla.flash_backward(
-            q, k, v, segment_ids, out, lse, d_out, softcap=None, **options
+        return xla.flash_backward(
+            q, k, v, documents.ids, out, lse, d_out, softcap=None, **options
         )
-        return [_flat(a) for a in gradients]
 
-    arrays = (q, k, v, out, lse, d_out)
-    found = jax.lax.cond(documents.regular, by_level, by_blocks, *arrays)
-    dq, dk, dv = (a.reshape(b.shape) for a, b in zip(found, (q, k, v), strict=True))
-    return dq, dk, dv
+    arrays, shapes = (q, k, v, out, lse, d_out), (q.shape, k.shape, v.shape)
+    return _either(documents.regular, by_level, by_blocks, arrays, shapes)
+
+
+def _either(regular, by_level, by_blocks, arrays, shapes):
+    """Run one of two functions of `arrays`, with results of these shapes.
+
+    [B, T, N, H] goes in and out as [B, T, N H]. Of the four XLA takes the layout that
+    its flash attention likes, heads first, and transposes what cuDNN reads and writes.
+    """
+
+    def flat(a):
+        return a.reshape(*a.shape[:2], -1) if a.ndim == 4 else a
+
+    def branch(fn):
+        def run(*flats):
+            whole = [a.reshape(b.shape) for a, b in zip(flats, arrays, strict=True)]
+            return tuple(flat(a) for a in fn(*whole))
+
+        return run
+
+    # The barriers keep XLA from moving the reshapes into the branches.
+    flats = jax.lax.optimization_barrier(tuple(map(flat, arrays)))
+    found = jax.lax.cond(regular, branch(by_level), branch(by_blocks), *flats)
+    found = jax.lax.optimization_barrier(found)
+    return tuple(a.reshape(shape) for a, shape in zip(found, shapes, strict=True))
 
 
 def _for_levels(documents, lengths, one_level, carry, *arrays):
@@ -190,16 +205,10 @@ def _for_levels(documents, lengths, one_level, carry, *arrays):
 
 def _segments(documents, level, B, lengths):
     """Return which tokens are a level's, bool [B, L_0], and its (starts, sizes, L)."""
-    capacities = [_capacity(B, lengths, i, RATIO) for i in range(level + 1)]
+    capacities = [_capacity(B, lengths, i) for i in range(level + 1)]
     part = slice(sum(capacities[:-1]), sum(capacities))
     own = (documents.level == level).reshape(B, -1)
     return own, (documents.starts[part], documents.sizes[part], lengths[level])
-
-
-def _flat(a):
-    # One layout for both branches: of [B, T, N, H] XLA takes its flash attention's,
-    # heads first, and transposes cuDNN's result there and back.
-    return a.reshape(*a.shape[:2], -1)
 
 
 def _pad(a, lengths):
