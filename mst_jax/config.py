@@ -173,6 +173,9 @@ class TrainConfig:
     chunk."""
     loss_chunk_size: int | None = None
     """Tokens of an LM-head chunk; None picks from a byte budget."""
+    attention: Literal["auto", "cudnn", "xla"] = "auto"
+    """What computes attention: cuDNN's kernels or this package's flash attention in
+    XLA's products; 'auto' takes cuDNN where it can run and was timed."""
     implementation: Literal["auto", "xla", "mosaic_gpu"] = "auto"
     """What computes the chunks of the MLP and the LM head: XLA's matrix products or
     this package's Hopper kernels; 'auto' takes the kernels where they can run."""
@@ -199,6 +202,11 @@ class TrainConfig:
         positive(self, "loss_chunk_size", "log_every", "head_groups")
         read_groups(self.plan)
         not_negative(self, "mlp_chunk_size", "save_every")
+
+    @property
+    def asked_attention(self) -> str | None:
+        """`attention` as the op takes it: None where it chooses itself."""
+        return None if self.attention == "auto" else self.attention
 
     @property
     def asked_implementation(self) -> str | None:

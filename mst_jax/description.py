@@ -26,9 +26,13 @@ def implementations(cfg: Config, model: ModelConfig) -> dict[str, tuple[str, str
         model.head_size, dtype, segmented=cfg.data.packing,
         shape=(batch, cfg.data.seq_len, heads),
     )  # fmt: skip
+    if cfg.train.asked_attention:
+        name, why = cfg.train.asked_attention, "as asked for"
+    elif name == "xla":
+        why = f"not cudnn: {why}"
     asked = cfg.train.asked_implementation
     return {
-        "attention": (name, f"not cudnn: {why}" if name == "xla" else why),
+        "attention": (name, why),
         "head, loss": (asked, "as asked for")
         if asked
         else linear_cross_entropy.choose_implementation(model.hidden_size, dtype),

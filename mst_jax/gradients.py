@@ -70,6 +70,7 @@ def forward(
         segment_ids=None if segment_ids is None else find_documents(segment_ids),
         chunk_size=layer_chunk_size(cfg, model, B, T),
         head_groups=cfg.train.head_groups,
+        implementation=cfg.train.asked_attention,
         mlp_implementation=cfg.train.asked_implementation,
     )
     x = rest["embed"]["embedding"][tokens].astype(cfg.train.compute_dtype)

@@ -31,7 +31,7 @@ def next_token_loss(
         segment_ids=batch.get("segment_ids"),
         mlp_chunk_size=cfg.mlp_chunk_size,
         mlp_implementation=cfg.asked_implementation,
-        **options,
+        **{"implementation": cfg.asked_attention, **options},
     )
     return linear_cross_entropy(
         hidden, model.head_weight(), batch["labels"], chunk_size=cfg.loss_chunk_size,

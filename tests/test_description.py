@@ -47,7 +47,9 @@ def test_the_reason_is_the_configuration_s():
     wide = implementations(run(compute_dtype="float32"), MODEL)["attention"]
     assert wide == ("xla", "not cudnn: takes bfloat16 and float16, not float32")
     packed = implementations(run(), MODEL)["attention"]
-    assert packed == ("xla", "not cudnn: has no segment ids (packed documents)")
+    assert packed == ("xla", "not cudnn: there is no GPU (cpu)")
+    asked = implementations(run(attention="xla"), MODEL)["attention"]
+    assert asked == ("xla", "as asked for")
     cfg = dataclasses.replace(run(), data=DataConfig(seq_len=512, packing=False))
     alone = implementations(cfg, MODEL)["attention"]
     assert alone == ("xla", "not cudnn: there is no GPU (cpu)")

@@ -325,14 +325,19 @@ def test_offsets_count_elements():
     ),
     reason="compiling for a GPU needs the CUDA plugin: pip install '.[cuda13]'",
 )
-@pytest.mark.parametrize("gpu, levels", [("h200", 6), ("a100-80gb", 0)])
-def test_step_with_packing_runs_on_cudnn(gpu, levels):
+@pytest.mark.parametrize(
+    "gpu, attention, levels",
+    [("h200", "cudnn", 6), ("h200", "auto", 0), ("a100-80gb", "auto", 0)],
+)
+def test_step_with_packing_runs_on_cudnn(gpu, attention, levels):
     model = PRESETS["tiny"]
     cfg = Config(
         model=model,
         data=DataConfig(seq_len=512, batch_size=2),
         optim=OptimConfig(param_dtype="bfloat16"),
-        train=TrainConfig(compute_dtype="bfloat16", plan="save_attention"),
+        train=TrainConfig(
+            compute_dtype="bfloat16", plan="save_attention", attention=attention
+        ),
     )
     assert cfg.data.packing
     hlo = compile_step(cfg, model, GPUS[gpu]).hlo

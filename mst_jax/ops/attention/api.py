@@ -10,7 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mst_jax.ops.attention import cudnn, packed, xla
-from mst_jax.ops.attention.packed import Documents, find_documents
+from mst_jax.ops.attention.packed import Documents, both_forms
+
+PACKED_CUDNN_BY_DEFAULT = False
+"""Whether None means cuDNN for packed documents too: once a GPU has timed them."""
 
 
 def attention(
@@ -112,7 +115,8 @@ def _choose(q, k, v, causal, sliding_window, segment_ids, softcap, implementatio
     if implementation is None or (segmented and _capability()):
         obstacle = obstacle or _device_obstacle(q, segmented=segmented)
     if implementation is None:
-        implementation = "xla" if obstacle else "cudnn"
+        held_back = segmented and not PACKED_CUDNN_BY_DEFAULT
+        implementation = "xla" if obstacle or held_back else "cudnn"
     if implementation not in ("cudnn", "xla"):
         raise NotImplementedError(f"{implementation=} is not 'cudnn' or 'xla'")
     if implementation == "cudnn" and obstacle:
@@ -129,7 +133,7 @@ def _attention(how: _How, q, k, v, segment_ids) -> Any:
 
 def _forward(how: _How, q, k, v, segment_ids) -> tuple[jax.Array, jax.Array]:
     options = {"causal": how.causal, "window": how.window}
-    ids, documents = _both(segment_ids)
+    ids, documents = both_forms(segment_ids)
     if how.implementation == "xla":
         return xla.flash_forward(q, k, v, ids, softcap=how.softcap, **options)
     if documents is not None:
@@ -145,7 +149,7 @@ def _forward_rule(how: _How, q, k, v, segment_ids):
 def _backward(how: _How, residuals, d_out):
     q, k, v, segment_ids, out, lse = residuals
     options = {"causal": how.causal, "window": how.window}
-    ids, documents = _both(segment_ids)
+    ids, documents = both_forms(segment_ids)
     if how.implementation == "xla":
         dq, dk, dv = xla.flash_backward(
             q, k, v, ids, out, lse, d_out, softcap=how.softcap, **options
@@ -155,15 +159,6 @@ def _backward(how: _How, residuals, d_out):
     else:
         dq, dk, dv = cudnn.flash_backward(q, k, v, out, lse, d_out, **options)
     return dq, dk, dv, None
-
-
-def _both(segment_ids):
-    """Return (ids, documents) of either, or of None."""
-    if segment_ids is None:
-        return None, None
-    if isinstance(segment_ids, Documents):
-        return segment_ids.ids, segment_ids
-    return segment_ids, find_documents(segment_ids)
 
 
 _attention.defvjp(_forward_rule, _backward)
@@ -177,14 +172,13 @@ def choose_implementation(
     softcap: float | None = None,
     shape: tuple[int, int, int] = (1, 1, 1),
 ) -> tuple[str, str]:
-    """Return ('cudnn' or 'xla', why), as `attention` chooses on this device.
-
-    `shape` is (B, T, N) of one call.
-    """
+    """Return ('cudnn' or 'xla', why), as `attention` chooses here for (B, T, N)."""
     q = jax.ShapeDtypeStruct((*shape, head_size), dtype)
     obstacle = _cudnn_obstacle(
         q, segmented=segmented, softcap=softcap, window_two_sided=False
     ) or _device_obstacle(q, segmented=segmented)
+    if segmented and not obstacle and not PACKED_CUDNN_BY_DEFAULT:
+        obstacle = "packed documents were not timed on it yet: ask for it by name"
     return ("xla", obstacle) if obstacle else ("cudnn", "this GPU has it")
 
 

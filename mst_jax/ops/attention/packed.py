@@ -11,7 +11,7 @@ and one whose ids do not rise, run on XLA flash instead, in a branch of the prog
 Memory, beside a dense call's: r times its workspace, and out (or dq, dk, dv) twice.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -213,3 +213,12 @@ def _segments(documents, level, B, lengths):
 
 def _pad(a, lengths):
     return jnp.pad(a, ((0, 0), (0, lengths[0] - a.shape[1]), (0, 0), (0, 0)))
+
+
+def both_forms(segment_ids: Any) -> tuple[Any, Documents | None]:
+    """Return (ids, documents) of either, or of None."""
+    if segment_ids is None:
+        return None, None
+    if isinstance(segment_ids, Documents):
+        return segment_ids.ids, segment_ids
+    return segment_ids, find_documents(segment_ids)

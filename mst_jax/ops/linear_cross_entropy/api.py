@@ -21,6 +21,7 @@ from mst_jax.mini_sequence import mini_sequence, split_length, to_chunks
 from mst_jax.ops.linear_cross_entropy import mosaic_gpu, xla
 from mst_jax.ops.linear_cross_entropy.chunks import weighted_sum
 from mst_jax.ops.linear_cross_entropy.xla import Options
+from mst_jax.ops.matmul import device_obstacle as _device_obstacle
 
 LOGITS_BYTES = 2**31
 """Budget of one chunk's logits when no chunk size is given."""
@@ -162,15 +163,6 @@ def choose_implementation(
     options = Options(0.0, logit_softcap, label_smoothing, "mosaic_gpu")
     obstacle = mosaic_gpu.obstacle(options, width, dtype) or _device_obstacle()
     return ("xla", obstacle) if obstacle else ("mosaic_gpu", "this GPU has it")
-
-
-def _device_obstacle() -> str | None:
-    if jax.default_backend() != "gpu":
-        return f"there is no GPU ({jax.default_backend()})"
-    capability = jax.local_devices()[0].compute_capability
-    if capability != "9.0":
-        return f"compute capability {capability} is not 9.0 (Hopper)"
-    return None
 
 
 def _check(

@@ -3,6 +3,7 @@
 from mst_jax.ops.matmul.mosaic_gpu import (
     OLDEST_JAX,
     Epilogue,
+    device_obstacle,
     in_place,
     matmul,
     obstacle,
@@ -14,6 +15,7 @@ __all__ = [
     "OLDEST_JAX",
     "Epilogue",
     "Tiles",
+    "device_obstacle",
     "in_place",
     "matmul",
     "obstacle",

@@ -40,6 +40,16 @@ def obstacle(*arrays: jax.Array | jax.ShapeDtypeStruct) -> str | None:
     return None
 
 
+def device_obstacle() -> str | None:
+    """Return why this process's device cannot run the kernels, or None."""
+    if jax.default_backend() != "gpu":
+        return f"there is no GPU ({jax.default_backend()})"
+    capability = jax.local_devices()[0].compute_capability
+    if capability != "9.0":
+        return f"compute capability {capability} is not 9.0 (Hopper)"
+    return None
+
+
 @dataclass(frozen=True)
 class Epilogue:
     """What an epilogue sees of its tile; it runs in each of the two warpgroups."""

@@ -20,6 +20,7 @@ from mst_jax.mini_sequence import (
     split_length,
     to_chunks,
 )
+from mst_jax.ops.matmul import device_obstacle as _device_obstacle
 from mst_jax.ops.swiglu import mosaic_gpu, xla
 
 MOSAIC_GPU_BY_DEFAULT = True
@@ -85,17 +86,10 @@ def mlp_forward(
     activation: str = "silu",
     implementation: str | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """Apply the MLP to one chunk, for callers with loops of their own.
-
-    Args:
-        x: [B, C, D] the chunk.
-        weights: gate, up and down.
-        residual: [B, C, D] that is added, or None.
-        keep: whether gate and up are wanted.
-        activation, implementation: as in `swiglu`.
+    """Apply the MLP to one chunk [B, C, D], for callers with loops of their own.
 
     Returns:
-        (y [B, C, D], (gate, up) [B, C, F] or None).
+        (y [B, C, D] with `residual` added, (gate, up) [B, C, F] if `keep` or None).
     """
     how = _choose(implementation, activation, x, weights[0])
     return _HOW[how].forward(activation, x, weights, residual, keep)
@@ -131,29 +125,13 @@ def mlp_backward(
 def choose_implementation(
     dtype: Any, hidden_size: int, ffn_size: int, *, activation: str = "silu"
 ) -> tuple[str, str]:
-    """Return ('xla' or 'mosaic_gpu', why), as `swiglu` chooses on this device.
-
-    Args:
-        dtype: of the hidden states.
-        hidden_size: D.
-        ffn_size: F.
-        activation: as in `swiglu`.
-    """
+    """Return ('xla' or 'mosaic_gpu', why), as `swiglu` chooses on this device."""
     if not MOSAIC_GPU_BY_DEFAULT:
         return "xla", "'mosaic_gpu' is not the default yet"
     x = jax.ShapeDtypeStruct((8, hidden_size), dtype)
     w_gate = jax.ShapeDtypeStruct((hidden_size, ffn_size), dtype)
     reason = mosaic_gpu.obstacle(activation, x, w_gate) or _device_obstacle()
     return ("xla", reason) if reason else ("mosaic_gpu", "this GPU has it")
-
-
-def _device_obstacle() -> str | None:
-    if jax.default_backend() != "gpu":
-        return f"there is no GPU ({jax.default_backend()})"
-    capability = jax.local_devices()[0].compute_capability
-    if capability != "9.0":
-        return f"compute capability {capability} is not 9.0 (Hopper)"
-    return None
 
 
 def _choose(implementation, activation, x, w_gate) -> str:
