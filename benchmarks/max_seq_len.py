@@ -90,7 +90,7 @@ ROWS = [
     ),
     Row(
         "80-host-384k", "llama3_8b", 393216, "h100", 80, 120,
-        "22 offload=input; 10 offload=input save=attention",
+        "24 offload=input; 8 offload=input save=attention",
     ),
     Row(
         "80-host-450k", "llama3_8b", 460800, "h100", 80, 120, "* offload=input",

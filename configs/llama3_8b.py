@@ -14,8 +14,9 @@ Measured on an H200, 2026-11-24, with SGD in AdamW's place: 4906 tokens/s, 55.8 
 attention saved; 4250 tokens/s, 23.5 GiB with the inputs on the host
 (docs/benchmarks/plans-2026-11-24.md); from a Hugging Face checkpoint through this
 recipe with the update after the backward pass 5009 tokens/s, 68.8 GiB
-(docs/benchmarks/step-2026-11-24-b.md). With AdamW it was compiled for an H100 and an
-H200, not run (docs/benchmarks/max_seq_len-2026-11-25.md).
+(docs/benchmarks/step-2026-11-24-b.md). With AdamW one step of 393,216 tokens
+was run on an H100 of 80 GB (docs/benchmarks/max_seq_len-2026-11-25-h100.md); other
+lengths were compiled (docs/benchmarks/max_seq_len-2026-11-25.md).
 """
 
 from mst_jax.config import Config, DataConfig, OptimConfig, TrainConfig

@@ -1,0 +1,95 @@
+"""Time a whole step with XLA's products and with this package's kernels, in turn.
+
+    python benchmarks/implementations.py --tokens 32768
+
+One process, one state: the two compiled steps alternate, so that the GPU's temperature
+and power limit are the same for both. Their first steps start from the same weights
+and must have the same loss and gradient norm. Llama3-8B, SGD in the backward pass,
+batch 1, the step alone.
+"""
+
+import argparse
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+
+from mst_jax.config import PRESETS, Config, DataConfig, OptimConfig, TrainConfig
+from mst_jax.model import init_params
+from mst_jax.sharding import make_mesh
+from mst_jax.train_step import init_train_state, make_train_step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="llama3_8b", choices=list(PRESETS))
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--plan", default="save_attention")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    model = PRESETS[args.preset]
+
+    def config(implementation: str) -> Config:
+        return Config(
+            model=model,
+            data=DataConfig(
+                seq_len=args.tokens, batch_size=1, tokenizer="none", packing=False
+            ),
+            optim=OptimConfig(
+                name="sgd", param_dtype="bfloat16", warmup_steps=0, clip_norm=None,
+                in_backward=True, learning_rate=1e-2,
+            ),
+            train=TrainConfig(plan=args.plan, implementation=implementation),
+        )  # fmt: skip
+
+    def start():
+        return init_train_state(config("xla"), init_params(model, 0))
+
+    ids = jax.ShapeDtypeStruct((1, 1, args.tokens), jnp.int32)
+    print(jax.devices()[0].device_kind, "JAX", jax.__version__, flush=True)
+    steps = {}
+    for name, chosen in (("xla", "xla"), ("kernels", "auto")):
+        cfg = config(chosen)
+        step = make_train_step(cfg, model, make_mesh(cfg.mesh))
+        began = time.perf_counter()
+        batch = {"tokens": ids, "labels": ids}
+        steps[name] = step.lower(jax.eval_shape(start), batch).compile()
+        calls = steps[name].as_text().count("mosaic_gpu_v2")
+        gib = steps[name].memory_analysis().temp_size_in_bytes / 2**30
+        print(
+            f"{name}: compiled in {time.perf_counter() - began:.0f} s, temporaries "
+            f"{gib:.2f} GiB, kernels called {calls} times",
+            flush=True,
+        )
+
+    key, most = jax.random.key(0), min(1000, model.vocab_size)
+    tokens = jax.random.randint(key, ids.shape, 0, most)
+    batch = {"tokens": tokens, "labels": jnp.roll(tokens, -1, -1)}
+    first, state = {}, None
+    for name, step in steps.items():
+        del state
+        state, metrics = step(jax.jit(start)(), batch)
+        first[name] = float(metrics["loss"]), float(metrics["grad_norm"])
+        print(f"{name}: first loss %.4f, gradient norm %.4f" % first[name], flush=True)
+    for a, b in zip(*first.values(), strict=True):
+        if not math.isclose(a, b, rel_tol=3e-3):
+            raise SystemExit("the two steps do not compute the same")
+
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(args.repeats):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            state, metrics = step(state, batch)
+            jax.block_until_ready(metrics)
+            times[name].append(time.perf_counter() - began)
+    for name, found in times.items():
+        seconds = sorted(found)[len(found) // 2]
+        print(
+            f"{name}: {seconds:.3f} s a step ({min(found):.3f} to {max(found):.3f}), "
+            f"{args.tokens / seconds:.0f} tokens/s"
+        )
+
+
+if __name__ == "__main__":
+    main()
