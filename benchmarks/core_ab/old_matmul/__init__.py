@@ -1,0 +1,23 @@
+"""Tiled matrix products for Hopper, with epilogues of the caller's own."""
+
+from old_matmul.mosaic_gpu import (
+    OLDEST_JAX,
+    Epilogue,
+    device_obstacle,
+    in_place,
+    matmul,
+    obstacle,
+    tiled_matmul,
+)
+from mst_jax.ops.matmul.tiles import Tiles
+
+__all__ = [
+    "OLDEST_JAX",
+    "Epilogue",
+    "Tiles",
+    "device_obstacle",
+    "in_place",
+    "matmul",
+    "obstacle",
+    "tiled_matmul",
+]
