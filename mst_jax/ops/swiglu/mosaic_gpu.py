@@ -55,7 +55,8 @@ def backward(activation: str, x, gate_up, dy, weights, totals: Any):
         gate_up = map(_rows, gate_up)
         h, vjp = jax.vjp(partial(xla.gated, activation), *gate_up)
         dgate, dup = vjp(dh)
-    dx = matmul(dgate, w_gate, transpose_b=True, also=((dup, w_up),))
+    dx = matmul(dgate, w_gate, transpose_b=True)
+    dx = matmul(dup, w_up, transpose_b=True, total=dx)
     pairs = ((x, dgate), (x, dup), (h, dy))
     totals = [
         matmul(*pair, transpose_a=True, total=t)
@@ -95,8 +96,7 @@ def _write_hidden(tile, accs, extra, outs):
 
 
 def _write_gradients(tile, accs, extra, outs):
-    # The slots are written from the first part on: all is read before.
-    for i, dh in enumerate([tile.read(i) for i in range(tile.num_parts)]):
+    for i, dh in enumerate(tile.read(extra[0])):
         gate, up = (acc[:, tile.columns(i)] for acc in accs)
         dh = dh.astype(jnp.float32)
         s = _sigmoid(gate)
