@@ -108,7 +108,9 @@ class Epilogue:
         """
         plgpu = _plgpu()
         slots = self.tiles.slots
-        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+        # At a tile's first write nothing may be left: the tile before need not have
+        # ended on the last slot.
+        plgpu.wait_smem_to_gmem(min(turn, slots - 1), wait_read_only=True)
         slot = self.smem.at[turn % slots]
         slot[...] = value.astype(self.dtype)
         plgpu.commit_smem()
@@ -308,7 +310,7 @@ def matmul(
         transpose_a, transpose_b: which operands are given transposed.
         total: [M, N], f32 or bf16. It is added to in its own memory where XLA has no
             other use of it, as in the carry of a loop.
-        tiles: see `Tiles`; None for a measured choice.
+        tiles: see `Tiles`; None for its defaults, with the slots that the sum takes.
 
     Raises:
         NotImplementedError: see `obstacle`.
