@@ -30,17 +30,16 @@ def implementations(cfg: Config, model: ModelConfig) -> dict[str, tuple[str, str
         name, why = cfg.train.asked_attention, "as asked for"
     elif name == "xla":
         why = f"not cudnn: {why}"
-    asked = cfg.train.asked_implementation
+    head = linear_cross_entropy.choose_implementation(model.hidden_size, dtype)
+    mlp = swiglu.choose_implementation(
+        dtype, model.hidden_size, model.intermediate_size
+    )
+    if asked := cfg.train.asked_implementation:
+        head = mlp = asked, "as asked for"
     return {
         "attention": (name, why),
-        "head, loss": (asked, "as asked for")
-        if asked
-        else linear_cross_entropy.choose_implementation(model.hidden_size, dtype),
-        "mlp": (asked, "as asked for")
-        if asked
-        else swiglu.choose_implementation(
-            dtype, model.hidden_size, model.intermediate_size
-        ),
+        "head, loss": head,
+        "mlp": mlp,
         "norm, rope": ("xla", "elementwise, which XLA fuses"),
     }
 
@@ -52,9 +51,10 @@ def describe(
     T = cfg.data.seq_len
     batch = cfg.data.batch_size // (cfg.mesh.data * cfg.mesh.fsdp)
     chunk = layer_chunk_size(cfg, model, batch, T)
-    head = cfg.train.loss_chunk_size
-    if head is None:
-        head = linear_cross_entropy.loss_chunk_size(batch, model.vocab_size)
+    ops = implementations(cfg, model)
+    head = cfg.train.loss_chunk_size or linear_cross_entropy.loss_chunk_size(
+        batch, model.vocab_size, ops["head, loss"][0]
+    )
     peak = peak_flops()
     tokens = f"{data.num_tokens:,} tokens" if data.num_tokens else "streamed"
     heads = model.num_kv_heads // cfg.train.head_groups
@@ -72,7 +72,7 @@ def describe(
         "update": f"{cfg.optim.name}, "
         + ("in the backward pass" if cfg.optim.in_backward else "after it"),
     }
-    for op, (name, why) in implementations(cfg, model).items():
+    for op, (name, why) in ops.items():
         lines[op] = f"{name}: {why}"
     lines["devices"] = f"{cfg.mesh.data * cfg.mesh.fsdp} x {device}" + (
         f", peak {peak[1] / 1e12:.0f} TFLOP/s ({peak[0]})" if peak else ""

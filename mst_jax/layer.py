@@ -247,7 +247,9 @@ def _after(p, x, out, ctx, keep):
             normed, weights, residual=h, keep="gate_up" in keep,
             implementation=ctx.mlp_implementation,
         )  # fmt: skip
-        new = {"mlp_input": h, **dict(zip(("gate", "up"), gate_up or (), strict=False))}
+        new = {"mlp_input": h}
+        if gate_up is not None:
+            new["gate"], new["up"] = gate_up
         kept = {name: put_tokens(a, new[name], start) for name, a in kept.items()}
         return put_tokens(y, z, start), kept
 

@@ -5,10 +5,12 @@ import re
 
 import pytest
 
+from mst_jax import description
 from mst_jax.compile_cache import CompileCache
 from mst_jax.config import PRESETS, Config, DataConfig, TrainConfig
 from mst_jax.data import load_data
 from mst_jax.description import describe, implementations
+from mst_jax.ops import linear_cross_entropy
 
 MODEL = PRESETS["tiny"]
 CACHE = CompileCache(None, "a test")
@@ -67,3 +69,14 @@ def test_chunks_and_plan_are_what_runs(data):
     assert said["cache"] == "compiled programs are not kept: a test"
     assert f"{data.num_tokens:,} tokens" in said["data"]
     assert f"{data.unigram_entropy:.4f} nats" in said["to beat"]
+
+
+def test_the_loss_s_chunk_is_that_of_its_implementation(data, monkeypatch):
+    cfg = run()
+    bytes_of_64 = 64 * 4 * cfg.data.batch_size * MODEL.vocab_size
+    monkeypatch.setattr(linear_cross_entropy.api, "LOGITS_BYTES", bytes_of_64)
+    ops = implementations(cfg, MODEL)
+    for name, tokens in (("xla", 64), ("mosaic_gpu", 128)):  # f32, and 16 bits
+        found = ops | {"head, loss": (name, "a test")}
+        monkeypatch.setattr(description, "implementations", lambda *_, f=found: f)
+        assert lines(cfg, data)["loss"].startswith(f"chunks of {tokens} of 512 tokens")

@@ -82,9 +82,7 @@ def segments_backward(
         *arrays, *operands, stats, out.reshape(shape), d_out.reshape(shape),
         **_segment_options(q, causal, window),
     )  # fmt: skip
-    return [
-        a.reshape(b.shape) for a, b in zip(gradients[:3], (q, k, v), strict=True)
-    ]  # fmt: skip
+    return [a.reshape(b.shape) for a, b in zip(gradients[:3], (q, k, v), strict=True)]
 
 
 def _segment_operands(qkv, starts, lengths, size):

@@ -19,19 +19,19 @@ not written.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mst_jax.ops import matmul as mm
 from mst_jax.ops.linear_cross_entropy.xla import Options
-from mst_jax.ops.matmul import OLDEST_JAX, Tiles, in_place, matmul, tiled_matmul
+from mst_jax.ops.matmul import Tiles, in_place, matmul, tiled_matmul
 
 TILE_N = 256
 """Columns of a tile of statistics."""
-PART_N = 64
-"""Columns that move through shared memory at once: 128 bytes, the widest swizzle."""
+PART_N = mm.part_columns(jnp.bfloat16)
+"""Columns that move through shared memory at once."""
 GRADIENT_M = 64
 """Rows of a thread block of the gradient kernel."""
 SHIFT = 15
@@ -45,12 +45,10 @@ TILES = Tiles(tile_n=TILE_N)
 
 def obstacle(options: Options, width: int, dtype) -> str | None:
     """Return why the kernels cannot compute this loss, whatever the GPU, or None."""
-    if jax.__version_info__ < OLDEST_JAX:
-        return f"JAX {jax.__version__} is older than 0.11.2"
-    if dtype != jnp.bfloat16:
-        return f"takes bfloat16, not {dtype}"
     if width % 64:
         return f"D={width} is no multiple of 64"
+    if reason := mm.obstacle(jax.ShapeDtypeStruct((8, width), dtype)):
+        return reason
     if options.logit_softcap and options.label_smoothing:
         return "has no label smoothing together with a softcap"
     return None
@@ -169,7 +167,7 @@ def logits_kernel(
 
 def _statistics(options, vocab_size, write, tile, accs, extra, outs):
     """The epilogue of the logits' product."""
-    pl, plgpu = _pallas()
+    pl, plgpu = mm.pallas()
     (logits,), (labels_gmem, hit_gmem) = accs, extra
     m_gmem, s_gmem, label_gmem, *outs = outs
     softcap, shape = options.logit_softcap, logits.shape
@@ -221,29 +219,21 @@ def _hits(labels, rows: int, n_iters: int):
     return hit.at[jnp.arange(labels.shape[0]) // rows, tile].set(1, mode="drop")
 
 
-def _pallas() -> tuple[Any, Any]:
-    # Here and not above: JAX 0.10 has another API, and a CPU has no need of it.
-    import jax.experimental.pallas as pl
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    return pl, plgpu
-
-
 def gradient_kernel(p_ref, scale, smooth, at_label, labels) -> None:
     """Overwrite p with dlogits: p * scale - smooth, and `at_label` at the label.
 
     Args:
-        p_ref: [C, V] f16 in bf16's dtype; bf16 afterwards. V is a multiple of 8.
+        p_ref: [C, V] f16 in bf16's dtype; bf16 afterwards. V is a multiple of 64.
         scale: [t, R] f32; where it is 0, p counts as 0 whatever it is.
         smooth: [R] f32.
         at_label: [R] f32.
         labels: [R] int32.
     """
-    pl, plgpu = _pallas()
+    pl, plgpu = mm.pallas()
     C, V = p_ref.shape
-    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     block = (GRADIENT_M, PART_N)
     parts = TILE_N // PART_N
+    transforms = mm.swizzled(jnp.bfloat16)
 
     def gradient_kernel(
         p_gmem, scale_gmem, smooth_gmem, at_label_gmem, labels_gmem, p_smem, arrived
@@ -282,7 +272,7 @@ def gradient_kernel(p_ref, scale, smooth, at_label, labels) -> None:
         grid=(pl.cdiv(C, GRADIENT_M), pl.cdiv(V, TILE_N)),
         grid_names=("m", "n"),
         scratch_types=[
-            plgpu.SMEM((parts, *block), jnp.bfloat16, transforms=swizzled),
+            plgpu.SMEM((parts, *block), jnp.bfloat16, transforms=transforms),
             plgpu.Barrier(num_barriers=parts),
         ],
     )(p_ref, scale, smooth, at_label, labels)

@@ -7,6 +7,9 @@ from mst_jax.ops.matmul.mosaic_gpu import (
     in_place,
     matmul,
     obstacle,
+    pallas,
+    part_columns,
+    swizzled,
     tiled_matmul,
 )
 from mst_jax.ops.matmul.tiles import Tiles
@@ -19,5 +22,8 @@ __all__ = [
     "in_place",
     "matmul",
     "obstacle",
+    "pallas",
+    "part_columns",
+    "swizzled",
     "tiled_matmul",
 ]

@@ -84,7 +84,7 @@ class Epilogue:
 
     def read(self, gmem: Any) -> list[jax.Array]:
         """Return this tile of an array, in parts. Needs a slot for each."""
-        plgpu = _plgpu()
+        _, plgpu = pallas()
         if self.num_parts > self.tiles.slots:
             raise ValueError(
                 f"{self.tiles}: reads {self.num_parts} parts, has fewer slots"
@@ -106,7 +106,7 @@ class Epilogue:
         `turn` counts the writes of the tile; a write waits for the one that had its
         slot before.
         """
-        plgpu = _plgpu()
+        _, plgpu = pallas()
         slots = self.tiles.slots
         # At a tile's first write nothing may be left: the tile before need not have
         # ended on the last slot.
@@ -119,8 +119,7 @@ class Epilogue:
         )
 
     def _tile(self, gmem, i):
-        import jax.experimental.pallas as pl
-
+        pl, _ = pallas()
         rows = pl.ds(self.row, self.tiles.wg_tile_m)
         return gmem.at[rows, pl.ds(self.column + i * self.part, self.part)]
 
@@ -165,9 +164,7 @@ def tiled_matmul(
     Returns:
         A tuple of the results.
     """
-    import jax.experimental.pallas as pl
-
-    plgpu = _plgpu()
+    pl, plgpu = pallas()
     M, K = a.shape[::-1] if transpose_a else a.shape
     N = bs[0].shape[0 if transpose_b else 1]
     width = tiles.tile_n // len(bs)
@@ -212,7 +209,7 @@ def tiled_matmul(
         @partial(
             pl.run_scoped,
             allocations=pipeline(nothing, nothing).get_allocations(a_gmem, *b_gmems),
-            smem=plgpu.SMEM((2, *staged), dtype, transforms=_swizzled(dtype)),
+            smem=plgpu.SMEM((2, *staged), dtype, transforms=swizzled(dtype)),
             collective_axes="wg",
             **barriers,
         )
@@ -404,25 +401,30 @@ class _Barriers:
 
 def _operand(depth_first: bool, sizes: tuple[int, int], *, shared: bool) -> Any:
     """Describe the tiles [outer, depth] of an operand, or [depth, outer]."""
-    plgpu = _plgpu()
+    _, plgpu = pallas()
     return plgpu.BlockSpec(
         sizes[::-1] if depth_first else sizes,
         (lambda k: (k, 0)) if depth_first else (lambda k: (0, k)),
-        transforms=_swizzled(jnp.bfloat16),
+        transforms=swizzled(jnp.bfloat16),
         memory_space=plgpu.SMEM,
         delay_release=1,
         collective_axes=("cluster",) if shared else (),
     )
 
 
-def _swizzled(dtype: Any) -> tuple[Any, ...]:
-    plgpu = _plgpu()
+def swizzled(dtype: Any) -> tuple[Any, ...]:
+    """Return the transforms of shared memory in rows of `ROW_BYTES`, for wgmma."""
+    _, plgpu = pallas()
     tiling = plgpu.TilingTransform((8, part_columns(dtype)))
     return tiling, plgpu.SwizzleTransform(ROW_BYTES)
 
 
-def _plgpu() -> Any:
-    # Here and not above: JAX 0.10 has another API, and a CPU has no need of it.
+def pallas() -> tuple[Any, Any]:
+    """Return Pallas and its Mosaic GPU part.
+
+    Not at the top of a file: JAX 0.10 has another API, and a CPU has no need of it.
+    """
+    import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    return plgpu
+    return pl, plgpu
