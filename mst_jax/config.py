@@ -175,7 +175,7 @@ class TrainConfig:
     """Tokens of an LM-head chunk; None picks from a byte budget."""
     attention: Literal["auto", "cudnn", "xla"] = "auto"
     """What computes attention: cuDNN's kernels or this package's flash attention in
-    XLA's products; 'auto' takes cuDNN where it can run and was timed."""
+    XLA's products; 'auto' takes cuDNN where it can run."""
     implementation: Literal["auto", "xla", "mosaic_gpu"] = "auto"
     """What computes the chunks of the MLP and the LM head: XLA's matrix products or
     this package's Hopper kernels; 'auto' takes the kernels where they can run."""

@@ -15,7 +15,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
-if "XLA_FLAGS" not in os.environ:
+if "XLA_FLAGS" not in os.environ and (
+    # On a GPU XLA's own settings: these would slow down its kernels too.
+    os.environ.get("JAX_PLATFORMS") == "cpu" or not shutil.which("nvidia-smi")
+):
     os.environ["XLA_FLAGS"] = (
         "--xla_force_host_platform_device_count=8"
         # Compiled fast rather than to be fast: half the time, a quarter on JAX 0.10.

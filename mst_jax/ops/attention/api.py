@@ -12,9 +12,6 @@ from jaxtyping import Array, Float, Int
 from mst_jax.ops.attention import cudnn, packed, xla
 from mst_jax.ops.attention.packed import Documents, both_forms
 
-PACKED_CUDNN_BY_DEFAULT = False
-"""Whether None means cuDNN for packed documents too: once a GPU has timed them."""
-
 
 def attention(
     q: Float[Array, "B T N H"],
@@ -115,8 +112,7 @@ def _choose(q, k, v, causal, sliding_window, segment_ids, softcap, implementatio
     if implementation is None or (segmented and _capability()):
         obstacle = obstacle or _device_obstacle(q, segmented=segmented)
     if implementation is None:
-        held_back = segmented and not PACKED_CUDNN_BY_DEFAULT
-        implementation = "xla" if obstacle or held_back else "cudnn"
+        implementation = "xla" if obstacle else "cudnn"
     if implementation not in ("cudnn", "xla"):
         raise NotImplementedError(f"{implementation=} is not 'cudnn' or 'xla'")
     if implementation == "cudnn" and obstacle:
@@ -177,8 +173,6 @@ def choose_implementation(
     obstacle = _cudnn_obstacle(
         q, segmented=segmented, softcap=softcap, window_two_sided=False
     ) or _device_obstacle(q, segmented=segmented)
-    if segmented and not obstacle and not PACKED_CUDNN_BY_DEFAULT:
-        obstacle = "packed documents were not timed on it yet: ask for it by name"
     return ("xla", obstacle) if obstacle else ("cudnn", "this GPU has it")
 
 
