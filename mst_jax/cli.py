@@ -225,6 +225,7 @@ def _model_of(cfg: Config) -> ModelConfig:
         "meta-llama/Llama-2-7b-hf": "llama2_7b",
         "meta-llama/Meta-Llama-3-8B": "llama3_8b",
         "meta-llama/Llama-3.2-1B": "llama32_1b",
+        "meta-llama/Llama-3.1-70B": "llama31_70b",
     }
     if source in known:
         return PRESETS[known[source]]

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mst_jax.model_config import (
-    PRESETS,
     ModelConfig,
     RopeConfig,
     check_types,
@@ -20,6 +19,7 @@ from mst_jax.model_config import (
     positive,
 )
 from mst_jax.plan import read_groups
+from mst_jax.presets import PRESETS
 
 __all__ = [
     "PRESETS",

@@ -1,4 +1,4 @@
-"""The shape of a model: frozen dataclasses, presets, and how fields are checked.
+"""The shape of a model: frozen dataclasses, and how their fields are checked.
 
 Everything that can be wrong is checked in `__post_init__`, before anything is compiled,
 read or downloaded.
@@ -174,24 +174,3 @@ class ModelConfig:
         seen = min(seq_len / 2, float(self.sliding_window or seq_len))
         attention = 4 * self.num_layers * self.num_heads * self.head_size * seen
         return 6 * matmul + 3 * attention
-
-
-_LLAMA3_ROPE: dict[str, Any] = dict(theta=500000.0, original_max_position=8192)
-PRESETS: dict[str, ModelConfig] = {
-    "tiny": ModelConfig(),
-    "llama2_7b": ModelConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_layers=32,
-        num_heads=32, num_kv_heads=32, max_position=4096,
-        rope=RopeConfig(original_max_position=4096),
-    ),
-    "llama3_8b": ModelConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32,
-        num_heads=32, num_kv_heads=8, max_position=8192,
-        rope=RopeConfig(**_LLAMA3_ROPE),
-    ),
-    "llama32_1b": ModelConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_layers=16,
-        num_heads=32, num_kv_heads=8, head_dim=64, tie_embeddings=True,
-        rope=RopeConfig(type="llama3", factor=32.0, **_LLAMA3_ROPE),
-    ),
-}  # fmt: skip

@@ -8,8 +8,6 @@ import sys
 
 import pytest
 
-import mst_jax.model_config as checked
-
 
 def plain(name):
     """A copy without conftest.py's type checks, which would speak before the messages
@@ -21,9 +19,12 @@ def plain(name):
     return module
 
 
-sys.modules["mst_jax.model_config"] = plain("model_config")
+USED = ("mst_jax.model_config", "mst_jax.presets")  # by config
+checked = {name: sys.modules[name] for name in USED}
+for name in USED:
+    sys.modules[name] = plain(name.removeprefix("mst_jax."))
 config = plain("config")
-sys.modules["mst_jax.model_config"] = checked
+sys.modules.update(checked)
 
 PRESETS = config.PRESETS
 Config, DataConfig, MeshConfig = config.Config, config.DataConfig, config.MeshConfig

@@ -254,7 +254,9 @@ def test_rope_round_trip(tmp_path, kind, caplog):
     assert model_config_from_hf(older) == cfg  # what transformers 4 reads
 
 
-@pytest.mark.parametrize("name", ["llama2_7b", "llama3_8b", "llama32_1b"])
+@pytest.mark.parametrize(
+    "name", ["llama2_7b", "llama3_8b", "llama32_1b", "llama31_70b"]
+)
 def test_presets_round_trip(name):
     assert model_config_from_hf(hf.hf_config(PRESETS[name])) == PRESETS[name]
 

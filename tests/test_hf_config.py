@@ -64,6 +64,12 @@ LLAMA32_1B = LLAMA31_8B | {
     "rope_scaling": LLAMA31_8B["rope_scaling"] | {"factor": 32.0},
     "tie_word_embeddings": True,
 }
+LLAMA31_70B = LLAMA31_8B | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 80,
+}
 LLAMA31_MODEL = dataclasses.replace(
     PRESETS["llama3_8b"],
     max_position=131072,
@@ -76,6 +82,7 @@ KNOWN = {
     "llama3_8b": (LLAMA3_8B, PRESETS["llama3_8b"], 8_030_261_248),
     "llama31_8b": (LLAMA31_8B, LLAMA31_MODEL, 8_030_261_248),
     "llama32_1b": (LLAMA32_1B, PRESETS["llama32_1b"], 1_235_814_400),
+    "llama31_70b": (LLAMA31_70B, PRESETS["llama31_70b"], 70_553_706_496),
 }
 
 
