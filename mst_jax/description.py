@@ -1,5 +1,7 @@
 """What a run says at its start: model, data, plan, what computes each op and why."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -8,40 +10,105 @@ from mst_jax.config import Config, ModelConfig
 from mst_jax.data import Data
 from mst_jax.gradients import layer_chunk_size, make_plan
 from mst_jax.metrics import peak_flops
+from mst_jax.mini_sequence import loop_chunks, split_length
 from mst_jax.ops import attention, linear_cross_entropy, swiglu
 
 LABEL = 12
 """Columns of a line's name."""
+ASKED = "as asked for"
 
 
 def implementations(cfg: Config, model: ModelConfig) -> dict[str, tuple[str, str]]:
     """Return what computes each op of the step on this device, and why, by op.
 
     An op that has a choice has `choose_implementation`; ask it here.
+
+    Raises:
+        NotImplementedError: an implementation that was asked for by name cannot
+            compute this run; with the way out.
     """
-    dtype = jnp.dtype(cfg.train.compute_dtype)
-    batch = cfg.data.batch_size // (cfg.mesh.data * cfg.mesh.fsdp)
-    heads = model.num_heads // cfg.train.head_groups
-    name, why = attention.choose_implementation(
-        model.head_size, dtype, segmented=cfg.data.packing,
-        shape=(batch, cfg.data.seq_len, heads),
-    )  # fmt: skip
-    if cfg.train.asked_attention:
-        name, why = cfg.train.asked_attention, "as asked for"
-    elif name == "xla":
-        why = f"not cudnn: {why}"
-    head = linear_cross_entropy.choose_implementation(model.hidden_size, dtype)
-    mlp = swiglu.choose_implementation(
-        dtype, model.hidden_size, model.intermediate_size
-    )
-    if asked := cfg.train.asked_implementation:
-        head = mlp = asked, "as asked for"
     return {
-        "attention": (name, why),
-        "head, loss": head,
-        "mlp": mlp,
+        "attention": _attention(cfg, model),
+        "head, loss": _head(cfg, model),
+        "mlp": _mlp(cfg, model),
         "norm, rope": ("xla", "elementwise, which XLA fuses"),
     }
+
+
+def _attention(cfg: Config, model: ModelConfig) -> tuple[str, str]:
+    batch, heads = local_batch(cfg), model.num_heads // cfg.train.head_groups
+    name, why = attention.choose_implementation(
+        model.head_size, jnp.dtype(cfg.train.compute_dtype),
+        segmented=cfg.data.packing, shape=(batch, cfg.data.seq_len, heads),
+    )  # fmt: skip
+    if asked := cfg.train.asked_attention:
+        if asked == "cudnn" != name:
+            raise NotImplementedError(
+                f"TrainConfig.attention={asked!r}: {why}; set it to 'auto' or 'xla'"
+            )
+        return asked, ASKED
+    return name, f"not cudnn: {why}" if name == "xla" else why
+
+
+def _head(cfg: Config, model: ModelConfig) -> tuple[str, str]:
+    what = model.hidden_size, jnp.dtype(cfg.train.compute_dtype)
+    if asked := cfg.train.asked_implementation:
+        name, reason = linear_cross_entropy.choose_implementation(*what, by_name=True)
+        if asked == "mosaic_gpu" != name:
+            raise NotImplementedError(
+                f"TrainConfig.implementation={asked!r} cannot compute the LM head's "
+                f"loss: {reason}; set it to 'auto' or 'xla'"
+            )
+        return asked, ASKED
+    return linear_cross_entropy.choose_implementation(*what)
+
+
+def _mlp(cfg: Config, model: ModelConfig) -> tuple[str, str]:
+    """Of the chunks that run; both names where a shorter last one has another."""
+    T, batch = cfg.data.seq_len, local_batch(cfg)
+    sizes = loop_chunks(T, layer_chunk_size(cfg, model, batch, T))
+    what = (
+        jnp.dtype(cfg.train.compute_dtype), model.hidden_size, model.intermediate_size
+    )  # fmt: skip
+    if asked := cfg.train.asked_implementation:
+        choose = partial(swiglu.choose_implementation, *what, by_name=True)
+        for size in filter(None, sizes):
+            name, reason = choose(rows=batch * size)
+            if asked == "mosaic_gpu" != name:
+                way_out = "set it to 'auto' or 'xla'"
+                if choose(rows=8)[0] == asked:
+                    way_out = f"set {_chunks_of_8_rows(cfg, sizes[0])}, or {way_out}"
+                raise NotImplementedError(
+                    f"TrainConfig.implementation={asked!r} cannot compute the MLP in "
+                    f"chunks of {_chunks(sizes, T)}, {batch} sequences: {reason}; "
+                    f"{way_out}"
+                )
+        return asked, ASKED
+    name, why = swiglu.choose_implementation(*what, rows=batch * sizes[0])
+    if rest := sizes[1]:
+        last, its_why = swiglu.choose_implementation(*what, rows=batch * rest)
+        if last != name:
+            return f"{name}, {last}", f"{why}; the last {rest} tokens: {its_why}"
+    return name, why
+
+
+def _chunks_of_8_rows(cfg: Config, most: int) -> str:
+    """Name the option, and its value, whose chunks have multiples of 8 rows."""
+    T, batch = cfg.data.seq_len, local_batch(cfg)
+    for size in range(most, 0, -1):
+        if not any(batch * part % 8 for part in loop_chunks(T, size)):
+            return f"TrainConfig.mlp_chunk_size={size}"
+    return "DataConfig.seq_len to a multiple of 8"
+
+
+def local_batch(cfg: Config) -> int:
+    """Return the sequences that one device has of a micro-batch."""
+    return cfg.data.batch_size // (cfg.mesh.data * cfg.mesh.fsdp)
+
+
+def _chunks(sizes: tuple[int, int], length: int) -> str:
+    last = f", the last of {sizes[1]}" if sizes[1] else ""
+    return f"{sizes[0]} of {length} tokens{last}"
 
 
 def describe(
@@ -49,12 +116,13 @@ def describe(
 ) -> list[str]:
     """Return the lines: model, data, chunks, plan, ops, devices."""
     T = cfg.data.seq_len
-    batch = cfg.data.batch_size // (cfg.mesh.data * cfg.mesh.fsdp)
-    chunk = layer_chunk_size(cfg, model, batch, T)
+    batch = local_batch(cfg)
+    chunks = loop_chunks(T, layer_chunk_size(cfg, model, batch, T))
     ops = implementations(cfg, model)
     head = cfg.train.loss_chunk_size or linear_cross_entropy.loss_chunk_size(
         batch, model.vocab_size, ops["head, loss"][0]
     )
+    head = split_length(T, head)[1]
     peak = peak_flops()
     tokens = f"{data.num_tokens:,} tokens" if data.num_tokens else "streamed"
     heads = model.num_kv_heads // cfg.train.head_groups
@@ -64,10 +132,9 @@ def describe(
         f"computed in {cfg.train.compute_dtype}",
         "data": f"{cfg.data.source}: {tokens}, T = {T}, batch {cfg.data.batch_size} x "
         f"{cfg.train.accumulate}",
-        "layers": f"chunks of {chunk} of {T} tokens, {heads} of {model.num_kv_heads} "
+        "layers": f"chunks of {_chunks(chunks, T)}; {heads} of {model.num_kv_heads} "
         "key/value heads at a time",
-        "loss": f"chunks of {min(head, T)} of {T} tokens, gradients in the forward "
-        "pass",
+        "loss": f"chunks of {head} of {T} tokens, gradients in the forward pass",
         "plan": make_plan(cfg, model).describe(),
         "update": f"{cfg.optim.name}, "
         + ("in the backward pass" if cfg.optim.in_backward else "after it"),

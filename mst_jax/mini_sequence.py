@@ -276,7 +276,7 @@ def for_chunks(
     Returns:
         The last carry. Chunks are equal where T allows it; else the last is shorter.
     """
-    _, size = split_length(length, chunk_size)
+    size, rest = loop_chunks(length, chunk_size)
     whole = length // size
     if whole == 1:
         carry = body(carry, 0, size)
@@ -284,9 +284,15 @@ def for_chunks(
         carry = jax.lax.fori_loop(
             0, whole, lambda i, carry: body(carry, i * size, size), carry
         )
-    if rest := length - whole * size:
+    if rest:
         carry = body(carry, whole * size, rest)
     return carry
+
+
+def loop_chunks(length: int, chunk_size: int) -> tuple[int, int]:
+    """Return the tokens of `for_chunks`' chunks, and of a shorter last one or 0."""
+    _, size = split_length(length, chunk_size)
+    return size, length % size
 
 
 def take_tokens(x: jax.Array, start: Any, size: int) -> jax.Array:

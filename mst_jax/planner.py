@@ -168,8 +168,8 @@ def _cuts(cfg: Config, model: ModelConfig) -> list[dict[str, int]]:
     return [
         {
             "head_groups": groups,
-            "mlp_chunk_size": _equal_chunks(T, mlp // part),
-            "loss_chunk_size": _equal_chunks(T, loss // part),
+            "mlp_chunk_size": _equal_chunks(T, mlp // part, B),
+            "loss_chunk_size": _equal_chunks(T, loss // part, B),
             "prefetch": prefetch,
         }
         for part in (1, 4, 16)
@@ -178,12 +178,17 @@ def _cuts(cfg: Config, model: ModelConfig) -> list[dict[str, int]]:
     ]
 
 
-def _equal_chunks(length: int, most: int) -> int:
-    """The largest divisor of the length up to `most`; `most` if it is far smaller."""
+def _equal_chunks(length: int, most: int, batch: int) -> int:
+    """The largest divisor of the length up to `most`; `most` if it is far smaller.
+
+    If there is one, one that makes multiples of the 8 rows that kernels take.
+    """
     most = max(1, most)
     fewest = -(-length // most)
-    counts = (c for c in range(fewest, 4 * fewest + 1) if length % c == 0)
-    return next((length // count for count in counts), most)
+    counts = [c for c in range(fewest, 4 * fewest + 1) if length % c == 0]
+    sizes = [length // count for count in counts]
+    rows_of_8 = [size for size in sizes if batch * size % 8 == 0]
+    return next(iter(rows_of_8 + sizes), most)
 
 
 def _fitting(

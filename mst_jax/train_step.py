@@ -11,6 +11,7 @@ so that no whole gradient is ever held (`layerwise.py`).
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,13 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from mst_jax.config import Config, ModelConfig
-from mst_jax.gradients import Batch, compute_layer, embedding_gradient, forward
+from mst_jax.gradients import (
+    Batch,
+    compute_layer,
+    embedding_gradient,
+    forward,
+    layer_chunk_size,
+)
 from mst_jax.layerwise import step_in_backward
 from mst_jax.loss import next_token_loss
 from mst_jax.model import from_params
@@ -240,9 +247,12 @@ def make_eval_step(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...,
             # The layers stay in shards until the scan reaches them.
             params = {**_gather(rest, specs, cfg), "layers": layers}
         batch = jax.tree.map(lambda a: a[0], batch)
+        # In the train step's chunks, of which 0 is one.
+        chunk = layer_chunk_size(cfg, model, *batch["tokens"].shape)
         total, count = next_token_loss(
-            from_params(model, params), batch, cfg.train, **options
-        )
+            from_params(model, params), batch,
+            replace(cfg.train, mlp_chunk_size=chunk), **options,
+        )  # fmt: skip
         if mesh.size > 1:
             total, count = jax.lax.psum((total, count), BATCH_AXES)
         return total, count

@@ -27,7 +27,7 @@ from mst_jax.checkpoint import Checkpoints
 from mst_jax.compile_cache import CompileCache, compile_cache
 from mst_jax.config import Config, ModelConfig, to_dict
 from mst_jax.data import load_data
-from mst_jax.description import describe
+from mst_jax.description import describe, implementations
 from mst_jax.gradients import make_plan
 from mst_jax.hf_config import model_config_from_hf
 from mst_jax.memory import explained, fit
@@ -90,6 +90,7 @@ class _Run:
         shapes = jax.eval_shape(lambda: init_params(self.model, 0))
         check_frozen(shapes, cfg.optim.freeze)
         make_plan(cfg, self.model)  # refused before any data is read
+        implementations(cfg, self.model)
         self.mesh = make_mesh(cfg.mesh)
         self.checkpoints = Checkpoints(self.out / "checkpoints", keep=cfg.train.keep)
         self._check_same_run()

@@ -2,15 +2,22 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from mst_jax import description
+from mst_jax import description, trainer
 from mst_jax.compile_cache import CompileCache
 from mst_jax.config import PRESETS, Config, DataConfig, TrainConfig
 from mst_jax.data import load_data
 from mst_jax.description import describe, implementations
-from mst_jax.ops import linear_cross_entropy
+from mst_jax.model import init_params
+from mst_jax.ops import linear_cross_entropy, matmul, swiglu
+from mst_jax.ops.swiglu import xla
+from mst_jax.sharding import make_mesh
+from mst_jax.train_step import init_train_state, make_eval_step, make_train_step
 
 MODEL = PRESETS["tiny"]
 CACHE = CompileCache(None, "a test")
@@ -66,6 +73,9 @@ def test_chunks_and_plan_are_what_runs(data):
         "chunks of 512 of 512"
     )
     assert re.match(r"chunks of 512 of 512", lines(run(), data)["loss"])
+    uneven = lines(run(mlp_chunk_size=100, loss_chunk_size=100), data)
+    assert uneven["layers"].startswith("chunks of 86 of 512 tokens, the last of 82; ")
+    assert uneven["loss"].startswith("chunks of 86 of 512 tokens, ")
     assert said["cache"] == "compiled programs are not kept: a test"
     assert f"{data.num_tokens:,} tokens" in said["data"]
     assert f"{data.unigram_entropy:.4f} nats" in said["to beat"]
@@ -80,3 +90,105 @@ def test_the_loss_s_chunk_is_that_of_its_implementation(data, monkeypatch):
         found = ops | {"head, loss": (name, "a test")}
         monkeypatch.setattr(description, "implementations", lambda *_, f=found: f)
         assert lines(cfg, data)["loss"].startswith(f"chunks of {tokens} of 512 tokens")
+
+
+# --- chunks of which kernels take some ---
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A GPU with the kernels, as far as the choice goes."""
+    monkeypatch.setattr(matmul.mosaic_gpu, "OLDEST_JAX", (0, 0, 0))
+    for op in (swiglu, linear_cross_entropy):
+        monkeypatch.setattr(op.api, "_device_obstacle", lambda: None)
+
+
+def one_sequence(chunk, length=512, **train):
+    return dataclasses.replace(
+        run(mlp_chunk_size=chunk, **train),
+        data=DataConfig(seq_len=length, batch_size=1),
+    )
+
+
+ROWS = r"a matrix of \({}, 256\) is not of multiples of 8 and 64"
+UNEVEN = [
+    (128, 512, "mosaic_gpu", "this GPU has it"),
+    (100, 512, "xla", ROWS.format(86)),  # 5 of 86 and one of 82
+    (0, 512, "mosaic_gpu", "this GPU has it"),
+    (0, 509, "xla", ROWS.format(509)),
+    # 4 of 104 and one of 102
+    (104, 518, "mosaic_gpu, xla", f"has it; the last 102 tokens: {ROWS.format(102)}"),
+    # 3 of 11 and one of 8
+    (11, 41, "xla, mosaic_gpu", f"{ROWS.format(11)}; the last 8 tokens: this GPU"),
+]
+
+
+@pytest.mark.parametrize("chunk, length, name, why", UNEVEN)
+def test_the_mlp_is_asked_with_the_chunks_that_run(hopper, chunk, length, name, why):
+    found = implementations(one_sequence(chunk, length), MODEL)["mlp"]
+    assert found[0] == name and re.search(why, found[1])
+
+
+@pytest.mark.parametrize("chunk, length, name, why", UNEVEN)
+def test_what_is_said_of_the_mlp_is_what_runs(
+    hopper, monkeypatch, chunk, length, name, why
+):
+    cfg = one_sequence(chunk, length)
+    ran = {}
+
+    def recorded(which, direction):
+        def run(activation, x, *args):
+            ran[x.shape[1]] = which
+            return getattr(xla, direction)(activation, x, *args)
+
+        return run
+
+    for which in ("xla", "mosaic_gpu"):
+        forms = {d: recorded(which, d) for d in ("forward", "backward")}
+        monkeypatch.setitem(swiglu.api._HOW, which, SimpleNamespace(**forms))
+    monkeypatch.setattr(linear_cross_entropy.api, "MOSAIC_GPU_BY_DEFAULT", False)
+    params = jax.eval_shape(lambda: init_params(MODEL, 0))
+    state = jax.eval_shape(lambda p: init_train_state(cfg, p), params)
+    batch = dict.fromkeys(
+        ("tokens", "labels"), jax.ShapeDtypeStruct((1, 1, length), jnp.int32)
+    )
+    mesh = make_mesh(cfg.mesh)
+    jax.eval_shape(make_train_step(cfg, MODEL, mesh), state, batch)
+    sizes = sorted(ran, reverse=True)
+    assert ", ".join(dict.fromkeys(ran[size] for size in sizes)) == name
+    said = implementations(cfg, MODEL)["mlp"]
+    assert said[0] == name
+    # An evaluation has the same chunks, the last one filled up.
+    ran.clear()
+    jax.eval_shape(make_eval_step(cfg, MODEL, mesh), params, batch)
+    assert ran == {sizes[0]: name.split(", ")[0]}
+
+
+def test_kernels_asked_for_by_name_are_refused_with_the_way_out(hopper):
+    def said(chunk, length=512):
+        cfg = one_sequence(chunk, length, implementation="mosaic_gpu")
+        return implementations(cfg, MODEL)["mlp"]
+
+    assert said(128) == ("mosaic_gpu", "as asked for")
+    for chunk, length, text in (
+        (100, 512, f"86 of 512 tokens, the last of 82, 1 .*{ROWS.format(86)}; set .*="),
+        (104, 518, f"the last of 102, 1 .*{ROWS.format(102)}; set DataConfig.seq_len"),
+        (0, 509, f"509 of 509 tokens, 1 .*{ROWS.format(509)}; set DataConfig.seq_len"),
+    ):
+        with pytest.raises(NotImplementedError, match=text) as caught:
+            said(chunk, length)
+        assert "or set it to 'auto' or 'xla'" in str(caught.value)
+        if option := re.search(r"mlp_chunk_size=(\d+)", str(caught.value)):
+            assert said(int(option[1])) == ("mosaic_gpu", "as asked for")
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+@pytest.mark.parametrize(
+    "asked", [{"implementation": "mosaic_gpu"}, {"attention": "cudnn"}]
+)
+def test_a_run_is_refused_before_its_data_is_read(asked, monkeypatch, tmp_path):
+    monkeypatch.setattr(trainer, "load_data", lambda *_: pytest.fail("reads data"))
+    cfg = dataclasses.replace(run(**asked), out_dir=str(tmp_path))
+    text = f"TrainConfig.*='{[*asked.values()][0]}'.*(no GPU|older).*set it to 'auto'"
+    with pytest.raises(NotImplementedError, match=text):
+        trainer.train(cfg)

@@ -228,6 +228,7 @@ def test_chunks_are_equal_where_they_can_be():
         train = fastest_plan(config(tokens), LLAMA, H200, None, 400 * GIB)[0].train
         assert tokens % train.mlp_chunk_size == tokens % train.loss_chunk_size == 0
         assert 4096 <= train.mlp_chunk_size <= 16384
+    assert fastest_plan(config(100000), LLAMA, H200)[0].train.mlp_chunk_size % 8 == 0
     prime = fastest_plan(config(65537), LLAMA, H200)[0].train
     assert prime.mlp_chunk_size == 16384
 

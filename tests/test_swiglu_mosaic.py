@@ -145,7 +145,9 @@ def test_none_takes_the_kernels_where_they_can(kernels, monkeypatch):
 
     monkeypatch.setattr(mosaic_gpu, "forward", forward)
     monkeypatch.setattr(api, "MOSAIC_GPU_BY_DEFAULT", True)
-    assert api.choose_implementation(BF16, 64, 128)[0] == "mosaic_gpu"
+    assert api.choose_implementation(BF16, 64, 128, rows=64)[0] == "mosaic_gpu"
+    name, why = api.choose_implementation(BF16, 64, 128, rows=60)
+    assert name == "xla" and "(60, 64)" in why
     x, weights, _ = make(64, 64, 128)
     swiglu(x, *weights)
     assert called

@@ -123,12 +123,16 @@ def mlp_backward(
 
 
 def choose_implementation(
-    dtype: Any, hidden_size: int, ffn_size: int, *, activation: str = "silu"
-) -> tuple[str, str]:
-    """Return ('xla' or 'mosaic_gpu', why), as `swiglu` chooses on this device."""
-    if not MOSAIC_GPU_BY_DEFAULT:
+    dtype: Any, hidden_size: int, ffn_size: int, *, rows: int,
+    activation: str = "silu", by_name: bool = False,
+) -> tuple[str, str]:  # fmt: skip
+    """Return ('xla' or 'mosaic_gpu', why), as `swiglu` chooses for a chunk here.
+
+    `rows` is B C; `by_name` is whether the kernels were asked for.
+    """
+    if not (MOSAIC_GPU_BY_DEFAULT or by_name):
         return "xla", "'mosaic_gpu' is not the default yet"
-    x = jax.ShapeDtypeStruct((8, hidden_size), dtype)
+    x = jax.ShapeDtypeStruct((rows, hidden_size), dtype)
     w_gate = jax.ShapeDtypeStruct((hidden_size, ffn_size), dtype)
     reason = mosaic_gpu.obstacle(activation, x, w_gate) or _device_obstacle()
     return ("xla", reason) if reason else ("mosaic_gpu", "this GPU has it")
