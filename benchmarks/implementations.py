@@ -11,14 +11,44 @@ batch 1, the step alone.
 import argparse
 import math
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mst_jax.config import PRESETS, Config, DataConfig, OptimConfig, TrainConfig
+from mst_jax.config import (
+    PRESETS,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from mst_jax.model import init_params
 from mst_jax.sharding import make_mesh
 from mst_jax.train_step import init_train_state, make_train_step
+
+
+def step_config(
+    model: ModelConfig, tokens: int, plan: str, implementation: str, **train: Any
+) -> Config:
+    """Return the configuration of the step: SGD in the backward pass, batch 1."""
+    return Config(
+        model=model,
+        data=DataConfig(seq_len=tokens, batch_size=1, tokenizer="none", packing=False),
+        optim=OptimConfig(
+            name="sgd", param_dtype="bfloat16", warmup_steps=0, clip_norm=None,
+            in_backward=True, learning_rate=1e-2,
+        ),
+        train=TrainConfig(plan=plan, implementation=implementation, **train),
+    )  # fmt: skip
+
+
+def random_batch(model: ModelConfig, tokens: int) -> dict[str, jax.Array]:
+    """Return one row of random tokens."""
+    most = min(1000, model.vocab_size)
+    ids = jax.random.randint(jax.random.key(0), (1, 1, tokens), 0, most)
+    return {"tokens": ids, "labels": jnp.roll(ids, -1, -1)}
 
 
 def main() -> None:
@@ -31,17 +61,7 @@ def main() -> None:
     model = PRESETS[args.preset]
 
     def config(implementation: str) -> Config:
-        return Config(
-            model=model,
-            data=DataConfig(
-                seq_len=args.tokens, batch_size=1, tokenizer="none", packing=False
-            ),
-            optim=OptimConfig(
-                name="sgd", param_dtype="bfloat16", warmup_steps=0, clip_norm=None,
-                in_backward=True, learning_rate=1e-2,
-            ),
-            train=TrainConfig(plan=args.plan, implementation=implementation),
-        )  # fmt: skip
+        return step_config(model, args.tokens, args.plan, implementation)
 
     def start():
         return init_train_state(config("xla"), init_params(model, 0))
@@ -63,9 +83,7 @@ def main() -> None:
             flush=True,
         )
 
-    key, most = jax.random.key(0), min(1000, model.vocab_size)
-    tokens = jax.random.randint(key, ids.shape, 0, most)
-    batch = {"tokens": tokens, "labels": jnp.roll(tokens, -1, -1)}
+    batch = random_batch(model, args.tokens)
     first, state = {}, None
     for name, step in steps.items():
         del state

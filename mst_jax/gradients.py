@@ -66,23 +66,28 @@ def forward(
     plan = make_plan(cfg, model)
     ctx = Context(
         cfg=model,
-        rope=rope_tables(model.rope, model.head_size, positions),
+        rope=jax.named_scope("rope")(rope_tables)(
+            model.rope, model.head_size, positions
+        ),
         segment_ids=None if segment_ids is None else find_documents(segment_ids),
         chunk_size=layer_chunk_size(cfg, model, B, T),
         head_groups=cfg.train.head_groups,
         implementation=cfg.train.asked_attention,
         mlp_implementation=cfg.train.asked_implementation,
     )
-    x = rest["embed"]["embedding"][tokens].astype(cfg.train.compute_dtype)
+    with jax.named_scope("embed"):
+        x = rest["embed"]["embedding"][tokens].astype(cfg.train.compute_dtype)
     y, kept = stack_forward(plan, weights_at, x, ctx)
 
     names = ("final_norm", "embed" if model.tie_embeddings else "lm_head")
     head, frozen = split_frozen({n: rest[n] for n in names}, cfg.optim.freeze)
 
+    @jax.named_scope("head")
     def loss(head, y):
         head = join_frozen(head, frozen)
         scale = head["final_norm"]["scale"]
-        hidden = rms_norm(y, scale, eps=model.rms_norm_eps)
+        with jax.named_scope("norm"):
+            hidden = rms_norm(y, scale, eps=model.rms_norm_eps)
         weight = (
             head["embed"]["embedding"].T
             if model.tie_embeddings
@@ -124,6 +129,7 @@ def layer_chunk_size(cfg: Config, model: ModelConfig, batch: int, length: int) -
     return min(length, mlp_chunk_size(batch, model.intermediate_size, dtype))
 
 
+@jax.named_scope("embed")
 def embedding_gradient(
     tokens: jax.Array, dx: jax.Array, embed: Any, d_tied: Any = None
 ) -> Any:
@@ -146,6 +152,7 @@ def embedding_gradient(
     return {"embedding": total.at[tokens].add(dx.astype(jnp.float32))}
 
 
+@jax.named_scope("weights")
 def compute_layer(layer: Any, cfg: Config) -> Any:
     """Return a layer's weights with the matrices in the compute dtype."""
     dtype = cfg.train.compute_dtype

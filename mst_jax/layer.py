@@ -12,7 +12,8 @@ the backward pass holds, in bytes a token of 16-bit activations,
     one group's q, k, v, out, their gradients and attention's workspace, over the groups
 
 against 2 (7 D + 4 K H) and the whole workspace when nothing is cut. Weight gradients
-accumulate over the chunks in f32 and are returned so.
+accumulate over the chunks in f32 and are returned so. `benchmarks/trace.py` knows a
+kernel by its named scopes.
 """
 
 from collections.abc import Callable, Collection
@@ -52,6 +53,7 @@ class Context:
     """Of the MLP, see `ops.swiglu`."""
 
 
+@jax.named_scope("forward")
 def layer_forward(
     p: Weights, x: jax.Array, ctx: Context, keep: Collection[str] = ()
 ) -> tuple[jax.Array, Residuals]:
@@ -76,6 +78,7 @@ def layer_forward(
     return y, kept | after
 
 
+@jax.named_scope("backward")
 def layer_backward(
     p: Weights, kept: Residuals, dy: jax.Array, ctx: Context
 ) -> tuple[Weights, jax.Array]:
@@ -83,7 +86,8 @@ def layer_backward(
     kept = dict(kept)
     x = kept["input"]
     if "out" not in kept:
-        out, lse, _ = _attend(p, x, ctx, kept=kept)
+        with jax.named_scope("recompute"):
+            out, lse, _ = _attend(p, x, ctx, kept=kept)
         kept |= {"out": out, "lse": lse}
     d_mlp, d_mlp_norm, dwo, dh = _after_backward(p, kept, dy, ctx)
     dq, dk, dv = _attend_backward(p, kept, dh, ctx)
@@ -99,6 +103,7 @@ def layer_backward(
 # --- before attention: norm, projections, RoPE ---
 
 
+@jax.named_scope("qkv")
 def _project(p: Weights, x: jax.Array, ctx: Context) -> tuple[jax.Array, ...]:
     """Return q, k, v of p's heads, all tokens."""
     B, T, _ = x.shape
@@ -109,13 +114,14 @@ def _project(p: Weights, x: jax.Array, ctx: Context) -> tuple[jax.Array, ...]:
         normed = _norm(p["attention_norm"], take_tokens(x, start, size), ctx)
         rope = [take_tokens(table, start, size) for table in ctx.rope]
         q, k, v = ((normed @ w).reshape(B, size, -1, H) for w in weights)
-        new = (apply_rope(q, *rope), apply_rope(k, *rope), v)
+        new = (_rope(q, *rope), _rope(k, *rope), v)
         return [put_tokens(a, b, start) for a, b in zip(qkv, new, strict=True)]
 
     empty = [jnp.zeros((B, T, w.shape[1] // H, H), x.dtype) for w in weights]
     return tuple(for_chunks(T, ctx.chunk_size, body, empty))
 
 
+@jax.named_scope("qkv")
 def _before_backward(p, x, d_qkv, dh, ctx):
     """Return the gradients of the norm, of wq, wk, wv, and of x; dh is overwritten."""
     B, T, _ = x.shape
@@ -128,7 +134,7 @@ def _before_backward(p, x, d_qkv, dh, ctx):
         dq, dk, dv = (take_tokens(a, start, size) for a in d_qkv)
         flat = [
             a.reshape(B, size, -1)  # the rotation's transpose turns back
-            for a in (apply_rope(dq, cos, -sin), apply_rope(dk, cos, -sin), dv)
+            for a in (_rope(dq, cos, -sin), _rope(dk, cos, -sin), dv)
         ]
         d_normed = jnp.zeros((), jnp.float32)
         for a, name in zip(flat, names, strict=True):
@@ -180,9 +186,11 @@ def _attend_backward(p, kept, dh, ctx):
     groups = ctx.head_groups
 
     def one(g, out_g, lse_g):
-        q, k, v = _heads(p, x, kept, g, ctx)
+        with jax.named_scope("recompute"):
+            q, k, v = _heads(p, x, kept, g, ctx)
         wo = _slice(p["attention"]["wo"], g, groups, 0)
-        d_out = jnp.einsum("BTD,ID->BTI", dh, wo).reshape(out_g.shape)
+        with jax.named_scope("output"):
+            d_out = jnp.einsum("BTD,ID->BTI", dh, wo).reshape(out_g.shape)
         options = _attention_options(ctx)
         return attention_backward(q, k, v, out_g, lse_g, d_out, **options)
 
@@ -231,6 +239,7 @@ def _put_heads(a, part, g, axis):
 # --- after attention: output projection, MLP ---
 
 
+@jax.named_scope("output")
 def _after(p, x, out, ctx, keep):
     """Return y, and of mlp_input, gate and up what is to be kept."""
     B, T, D = x.shape
@@ -243,10 +252,11 @@ def _after(p, x, out, ctx, keep):
         h = take_tokens(y, start, size)  # still x there
         h = h + take_tokens(out, start, size).reshape(B, size, -1) @ wo
         normed = _norm(p["mlp_norm"], h, ctx)
-        z, gate_up = mlp_forward(
-            normed, weights, residual=h, keep="gate_up" in keep,
-            implementation=ctx.mlp_implementation,
-        )  # fmt: skip
+        with jax.named_scope("mlp"):
+            z, gate_up = mlp_forward(
+                normed, weights, residual=h, keep="gate_up" in keep,
+                implementation=ctx.mlp_implementation,
+            )  # fmt: skip
         new = {"mlp_input": h}
         if gate_up is not None:
             new["gate"], new["up"] = gate_up
@@ -259,6 +269,7 @@ def _after(p, x, out, ctx, keep):
     return for_chunks(T, ctx.chunk_size, body, (x, empty))
 
 
+@jax.named_scope("output")
 def _after_backward(p, kept, dy, ctx):
     """Return the gradients of mlp, mlp_norm, wo, and of h; dy is overwritten."""
     x, out = kept["input"], kept["out"]
@@ -272,16 +283,19 @@ def _after_backward(p, kept, dy, ctx):
         if "mlp_input" in kept:
             h = take_tokens(kept["mlp_input"], start, size)
         else:
-            h = take_tokens(x, start, size) + out_c @ wo
+            with jax.named_scope("recompute"):
+                h = take_tokens(x, start, size) + out_c @ wo
         normed, norm_vjp = _norm_vjp(p, "mlp_norm", h, 0, size, ctx)
         gate_up = None
         if "gate" in kept:
             gate, up = (take_tokens(kept[n], start, size) for n in ("gate", "up"))
             gate_up = gate, up
         dy = take_tokens(d, start, size)
-        d_normed, totals = mlp_backward(
-            normed, gate_up, dy, weights, totals, implementation=ctx.mlp_implementation
-        )
+        with jax.named_scope("mlp"):
+            d_normed, totals = mlp_backward(
+                normed, gate_up, dy, weights, totals,
+                implementation=ctx.mlp_implementation,
+            )  # fmt: skip
         d_scale, dh = norm_vjp(d_normed)
         dh = dy + dh
         return (
@@ -302,6 +316,10 @@ def _after_backward(p, kept, dy, ctx):
 # --- shared ---
 
 
+_rope = jax.named_scope("rope")(apply_rope)
+
+
+@jax.named_scope("norm")
 def _norm(p: Weights, x: jax.Array, ctx: Context) -> jax.Array:
     return rms_norm(x, p["scale"], eps=ctx.cfg.rms_norm_eps)
 
@@ -312,9 +330,12 @@ def _norm_vjp(
     """Normalise a chunk; return it and dy -> (f32 gradient of the scale, dx)."""
     scale = p[name]["scale"].astype(jnp.float32)
     chunk = take_tokens(x, start, size)
-    return jax.vjp(
-        lambda scale, x: rms_norm(x, scale, eps=ctx.cfg.rms_norm_eps), scale, chunk
-    )
+
+    @jax.named_scope("norm")
+    def norm(scale, x):
+        return rms_norm(x, scale, eps=ctx.cfg.rms_norm_eps)
+
+    return jax.vjp(norm, scale, chunk)
 
 
 def _f32(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -100,6 +100,7 @@ class _Backward:
         self.heads = {n: g for n, g in self.run.d_head.items() if n != "embed"}
         """Gradients of the trained final norm and head."""
 
+    @jax.named_scope("weights")
     def _weights_at(self, stack: Any, i: Any) -> Any:
         layers = join_frozen(stack, self.frozen.get("layers", {}))
         return compute_layer(at(layers, i), self.cfg)

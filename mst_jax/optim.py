@@ -140,6 +140,7 @@ def update(
     return params, state
 
 
+@jax.named_scope("optimizer")
 def update_layer(
     optimizer: optax.GradientTransformation,
     stacks: tuple[Any, Any],
@@ -171,6 +172,7 @@ def update_layer(
     return put(params, i, own), put(state, i, new)
 
 
+@jax.named_scope("optimizer")
 def update_one(
     optimizer: optax.GradientTransformation,
     params: Any,
@@ -204,6 +206,7 @@ def unit_key(key: jax.Array, unit: Any) -> jax.Array:
     return jax.random.fold_in(key, jnp.uint32(unit))
 
 
+@jax.named_scope("gradient_norm")
 def squared_norm(tree: Any) -> Float[Array, ""]:
     """Return the sum of all squares, in f32."""
     leaves = [jnp.sum(jnp.square(a)) for a in jax.tree.leaves(f32(tree))]

@@ -132,6 +132,7 @@ def _reversed(body, state, start, layers, every, residuals, ahead=frozenset()):
     """
     count = layers // every
 
+    @jax.named_scope("residuals")
     def fetch(names, i):
         return {
             name: _to_device(jax.lax.dynamic_index_in_dim(a, i, keepdims=False))
