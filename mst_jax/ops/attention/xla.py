@@ -181,7 +181,8 @@ def _backward(mask, q, k, v, segments, out, lse, d_out):
         "BKGTH,BKGTH->BKGT", out, d_out, preferred_element_type=jnp.float32
     )
 
-    def one_key_block(dq, j):
+    def one_key_block(j, carry):
+        dq, dk_all, dv_all = carry
         k_j, v_j = _block(k, j, C, 2), _block(v, j, C, 2)
         segment_j = _block(segments, j, C, 1)
 
@@ -208,13 +209,20 @@ def _backward(mask, q, k, v, segments, out, lse, d_out):
         dq, dk, dv = jax.lax.fori_loop(
             first[j], past[j], one_query_block, (dq, zeros, zeros)
         )
-        return dq, (dk.astype(k.dtype), dv.astype(v.dtype))
+        return dq, _put(dk_all, dk, j * C), _put(dv_all, dv, j * C)
 
-    dq, (dk, dv) = jax.lax.scan(
-        one_key_block, jnp.zeros(q.shape, jnp.float32), jnp.arange(k.shape[2] // C)
+    # Zeros after d_out: XLA makes constant ones early, and here that is before the
+    # backward pass of a layer's MLP.
+    zero, d_out = jax.lax.optimization_barrier((jnp.float32(0), d_out))
+    empty = [jnp.full(a.shape, zero.astype(a.dtype)) for a in (k, v)]
+    dq, dk, dv = jax.lax.fori_loop(
+        0, k.shape[2] // C, one_key_block, (jnp.full(q.shape, zero), *empty)
     )
-    dk, dv = (jnp.moveaxis(a, 0, 2).reshape(k.shape) for a in (dk, dv))
     return (dq * scale).astype(q.dtype), dk, dv
+
+
+def _put(x, block, start):
+    return jax.lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), start, 2)
 
 
 def _f32(spec, a, b):
