@@ -137,7 +137,8 @@ def _forward(mask, q, k, v, segments):
     index = jnp.arange(C)
     scale = H**-0.5
 
-    def one_query_block(i):
+    def one_query_block(i, carry):
+        out_all, lse_all = carry
         q_i = (_block(q, i, C, 3).astype(jnp.float32) * scale).astype(q.dtype)
         segment_i = _block(segments, i, C, 1)
 
@@ -164,12 +165,13 @@ def _forward(mask, q, k, v, segments):
         zeros = jnp.zeros(q_i.shape, jnp.float32)
         carry = (zeros, jnp.full(q_i.shape[:-1], -jnp.inf), zeros[..., 0])
         out, top, norm = jax.lax.fori_loop(first[i], past[i], one_key_block, carry)
-        return (out / norm[..., None]).astype(q.dtype), top + jnp.log(norm)
+        out_all = _put(out_all, out / norm[..., None], i * C, 3)
+        return out_all, _put(lse_all, top + jnp.log(norm), i * C, 3)
 
-    out, lse = jax.lax.map(one_query_block, jnp.arange(q.shape[3] // C))
-    out = jnp.moveaxis(out, 0, 3).reshape(q.shape)
-    lse = jnp.moveaxis(lse, 0, 3).reshape(q.shape[:-1])
-    return out, lse
+    # Zeros after q: XLA makes constant ones long before they are needed.
+    zero, q = jax.lax.optimization_barrier((jnp.float32(0), q))
+    empty = jnp.full(q.shape, zero.astype(q.dtype)), jnp.full(q.shape[:-1], zero)
+    return jax.lax.fori_loop(0, q.shape[3] // C, one_query_block, empty)
 
 
 def _backward(mask, q, k, v, segments, out, lse, d_out):
@@ -203,17 +205,16 @@ def _backward(mask, q, k, v, segments, out, lse, d_out):
             ds = ds.astype(q.dtype)
             dk += _f32("BKGQC,BKGQH->BKCH", ds, q_i)
             dq_i = _block(dq, i, C, 3) + _f32("BKGQC,BKCH->BKGQH", ds, k_j)
-            return jax.lax.dynamic_update_slice_in_dim(dq, dq_i, i * C, 3), dk, dv
+            return _put(dq, dq_i, i * C, 3), dk, dv
 
         zeros = jnp.zeros(k_j.shape, jnp.float32)
         dq, dk, dv = jax.lax.fori_loop(
             first[j], past[j], one_query_block, (dq, zeros, zeros)
         )
-        return dq, _put(dk_all, dk, j * C), _put(dv_all, dv, j * C)
+        return dq, _put(dk_all, dk, j * C, 2), _put(dv_all, dv, j * C, 2)
 
-    # Zeros after d_out: XLA makes constant ones early, and here that is before the
-    # backward pass of a layer's MLP.
-    zero, d_out = jax.lax.optimization_barrier((jnp.float32(0), d_out))
+    # Zeros after q and d_out, not during the backward pass of a layer's MLP.
+    zero, q, d_out = jax.lax.optimization_barrier((jnp.float32(0), q, d_out))
     empty = [jnp.full(a.shape, zero.astype(a.dtype)) for a in (k, v)]
     dq, dk, dv = jax.lax.fori_loop(
         0, k.shape[2] // C, one_key_block, (jnp.full(q.shape, zero), *empty)
@@ -221,8 +222,8 @@ def _backward(mask, q, k, v, segments, out, lse, d_out):
     return (dq * scale).astype(q.dtype), dk, dv
 
 
-def _put(x, block, start):
-    return jax.lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), start, 2)
+def _put(x, block, start, axis):
+    return jax.lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), start, axis)
 
 
 def _f32(spec, a, b):
