@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from mst_jax.config import Config, ModelConfig, TrainConfig
 from mst_jax.gpus import Gpu
+from mst_jax.ops.attention import choose_implementation
 from mst_jax.ops.linear_cross_entropy import loss_chunk_size
 from mst_jax.ops.swiglu import mlp_chunk_size
 from mst_jax.plan import PRESETS, RESIDUALS, read_groups
@@ -164,7 +165,6 @@ def _cuts(cfg: Config, model: ModelConfig) -> list[dict[str, int]]:
     dtype = jnp.dtype(cfg.train.compute_dtype)
     mlp = mlp_chunk_size(B, model.intermediate_size, dtype)
     loss = loss_chunk_size(B, model.vocab_size)
-    K = model.num_kv_heads
     return [
         {
             "head_groups": groups,
@@ -173,9 +173,28 @@ def _cuts(cfg: Config, model: ModelConfig) -> list[dict[str, int]]:
             "prefetch": prefetch,
         }
         for part in (1, 4, 16)
-        for groups in (g for g in range(1, K + 1) if K % g == 0)
+        for groups in _head_groups(cfg, model)
         for prefetch in (True, False)
     ]
+
+
+def _head_groups(cfg: Config, model: ModelConfig) -> list[int]:
+    """The groups that cuDNN can take, if it was asked for by name; all if it has none.
+
+    Its offsets of packed documents are 32 bits: a long row is too long for all heads.
+    """
+
+    def taken(groups: int) -> bool:
+        name, _ = choose_implementation(
+            model.head_size, jnp.dtype(cfg.train.compute_dtype),
+            segmented=cfg.data.packing, capability=(9, 0),
+            shape=(cfg.data.batch_size, cfg.data.seq_len, model.num_heads // groups),
+        )  # fmt: skip
+        return cfg.train.asked_attention in (None, "xla", name)
+
+    K = model.num_kv_heads
+    divisors = [g for g in range(1, K + 1) if K % g == 0]
+    return [g for g in divisors if taken(g)] or divisors
 
 
 def _equal_chunks(length: int, most: int, batch: int) -> int:

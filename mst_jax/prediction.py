@@ -5,9 +5,9 @@ bound by memory, and the host link; nothing overlaps but the stores to the host,
 the loads with `prefetch`. The
 shares of the GPU's peak are those of Llama3-8B's steps on an H200: with them the nine
 measured ones of 16,384 to 65,536 tokens (docs/benchmarks) come out within 2.5%. Other
-GPUs are assumed to reach the same shares. XLA's flash attention (T4, packed documents)
-is not measured: it is taken to be bound by the memory traffic of its scores. A packed
-row counts as one document.
+GPUs are assumed to reach the same shares. XLA's flash attention (`train.attention`,
+T4, packed documents below Hopper) is taken to be bound by the memory traffic of its
+scores. A packed row counts as one document.
 """
 
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ def predict(cfg: Config, model: ModelConfig, gpu: Gpu) -> Prediction:
 
     Raises:
         ValueError: the plan does not fit the model.
-        NotImplementedError: more than one device.
+        NotImplementedError: more than one device, or cuDNN asked for where it cannot.
     """
     if cfg.mesh.data * cfg.mesh.fsdp > 1:
         raise NotImplementedError(

@@ -6,11 +6,17 @@ W = D (N + 2 K) H + N H D + 3 D F weights, the phases hold in bytes
 
     head       residuals + n (3 a D + 4 H) + 4 D V + C V (4 + a)
     MLP        residuals + sequences + 2 n a K H + C a (6 F + 2 D) + 12 D F + layer
-    attention  residuals + sequences + n a (3 N H + 4 K H) / head_groups + workspace
-                         + 12 D F + layer
+    attention  residuals + sequences + n A / head_groups + workspace + 12 D F + layer
     update     4 V D + n a D
     sequences  n (a (2 D + N H) + 4 (N + H))
     layer      a W + 8 N H D
+
+with A a token's arrays and workspace in
+
+    cuDNN                   A = a (3 N H + 4 K H)    workspace 8 n N H / head_groups
+    the same, packed        A = a (4 N H + 6 K H)    twice as much (packed.RATIO)
+      its other branch      A = a (4 N H + 6 K H) + 4 N H    0
+    XLA's flash attention   A = a (N H + 4 K H) + 4 N H      0
 
 and whatever is recomputed, kept or waits for its use besides: see the functions. The
 terms are those of `layer.py` and `gradients.py`, held against the buffers that XLA
@@ -19,17 +25,21 @@ assigns. Of 43 compiled steps (Llama3-8B at 16,384 to 1,048,576 tokens, Llama 3.
 0.11.2) all peaks are within 3.1%, 33 within 0.5%. Since then chunks that do not divide
 the length are predicted too high, in one step of 460,800 tokens by 6.7% (docs/LOG.md).
 
-cuDNN's workspace, 8 n N H / head_groups, is measured on an H200 and assumed elsewhere;
-a compilation without a device leaves it out.
+cuDNN's workspace is measured on an H200, packed on an H100, and assumed elsewhere; a
+compilation without a device leaves it out.
 """
 
 from functools import cache, cached_property
 from math import prod
 
+import jax.numpy as jnp
+
 from mst_jax.config import Config, ModelConfig
 from mst_jax.gpus import Gpu
 from mst_jax.gradients import layer_chunk_size, make_plan
 from mst_jax.mini_sequence import split_length
+from mst_jax.ops.attention import choose_implementation
+from mst_jax.ops.attention.packed import RATIO
 from mst_jax.ops.linear_cross_entropy import loss_chunk_size
 from mst_jax.optim import is_below
 from mst_jax.plan import LayerGroup, Plan
@@ -57,7 +67,7 @@ class StepMemory:
         self.w = 2 if cfg.optim.param_dtype == "bfloat16" else 4
         # Without bf16 units XLA widens the operands of matrix products.
         self.wide = 4 if not gpu.has_bf16 else self.a
-        self.cudnn = gpu.has_bf16 and self.a == 2 and not cfg.data.packing
+        self.cudnn = self._runs_on_cudnn()
         size = split_length(T, layer_chunk_size(cfg, model, B, T))[1]
         self.C, self.ragged = B * size, T % size > 0
         size = cfg.train.loss_chunk_size or loss_chunk_size(B, self.V)
@@ -66,6 +76,18 @@ class StepMemory:
         self.W = self.qkv + self.NH * self.D + 3 * self.D * self.F
         optim = cfg.optim
         self.clips_globally = optim.clip == "global" and optim.clip_norm is not None
+
+    def _runs_on_cudnn(self) -> bool:
+        cfg, gpu = self.cfg, self.gpu
+        name, why = choose_implementation(
+            self.H, jnp.dtype(cfg.train.compute_dtype), segmented=cfg.data.packing,
+            shape=(cfg.data.batch_size, self.T, self.N // self.plan.head_groups),
+            capability=gpu.capability,
+        )  # fmt: skip
+        asked = cfg.train.asked_attention
+        if asked == "cudnn" != name:
+            raise NotImplementedError(f"TrainConfig.attention='cudnn': {why}")
+        return (asked or name) == "cudnn"
 
     @cached_property
     def state(self) -> tuple[int, int, int]:
@@ -124,7 +146,8 @@ class StepMemory:
             ahead = self.kept_bytes(group.offload) if self.plan.prefetch else 0
             resident = {"residuals": saved + block + ahead} | self._gradients()
             found.append(("MLP", resident | self._mlp_backward(group)))
-            found.append(("attention", resident | self._attention_backward(group)))
+            for name, parts in self._attention_backward(group).items():
+                found.append((name, resident | parts))
         found.append(("head", {"residuals": saved} | self._head()))
         found.append(("update", self._update()))
         found.sort(key=lambda phase: sum(phase[1].values()))
@@ -198,8 +221,6 @@ class StepMemory:
             token += 2 * a * self.F
         if self.ragged:
             token += a * self.D  # the last, shorter chunk rewrites a copy of dh
-        if not self.cudnn and groups == 1:  # out in two layouts, dk and dv
-            token += a * (self.NH + 2 * self.KH)
         # gate, up, the gradient of hidden, and what one kernel makes of them: hidden,
         # dgate, dup.
         wide = 4 if "gate_up" in kept else 6
@@ -209,20 +230,34 @@ class StepMemory:
         size = self._sequences + self.n * token + chunk + sums + self._layer
         return {"layer working set": size}
 
-    def _attention_backward(self, group: LayerGroup) -> dict[str, int]:
-        a, groups = self.a, self.plan.head_groups
-        token = a * (3 * self.NH + 4 * self.KH) // groups
-        if groups > 1:
-            token += a * self.NH // groups
-        if self.wide > a:  # dh, for its product with wo
-            token = max(token, self.wide * (self.D + self.NH // groups))
-        if groups > 1:
-            token += 2 * a * self.KH
-        layer = 12 * self.D * self.F + self._layer
-        return {
-            "layer working set": self._sequences + self.n * token + layer,
-            WORKSPACE: self.n * 8 * self.NH // groups if self.cudnn else 0,
-        }
+    def _attention_backward(self, group: LayerGroup) -> dict[str, dict[str, int]]:
+        a, groups, packing = self.a, self.plan.head_groups, self.cfg.data.packing
+        given = a * (2 * self.NH + 2 * self.KH)  # q, k, v, the gradient of out
+        gradients = a * (self.NH + 2 * self.KH)
+        sums = 4 * self.NH + 2 * a * self.KH  # of XLA's blocks, dq in f32
+        # Of a token and all heads: arrays, and cuDNN's workspace.
+        if not self.cudnn:
+            out = a * self.NH if groups == 1 else 0  # not needed beside its gradient
+            forms = {"attention": (given + sums - out, 0)}
+        elif packing:  # one of two branches, the second with heads first
+            forms = {
+                "attention": (given + 2 * gradients, RATIO * 8 * self.NH),
+                "attention in blocks": (2 * given + sums, 0),
+            }
+        else:
+            forms = {"attention": (given + gradients, 8 * self.NH)}
+        layer = 12 * self.D * self.F + self._layer + self._sequences
+        found = {}
+        for name, (token, workspace) in forms.items():
+            if groups > 1:
+                token = (token + a * self.NH) // groups + 2 * a * self.KH
+            if self.wide > a:  # dh, for its product with wo
+                token = max(token, self.wide * (self.D + self.NH // groups))
+            found[name] = {
+                "layer working set": layer + self.n * token,
+                WORKSPACE: self.n * workspace // groups,
+            }
+        return found
 
     def _update(self) -> dict[str, int]:
         """The embedding's update, after all layers."""

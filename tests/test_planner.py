@@ -38,6 +38,7 @@ from mst_jax.planner import (
     parse_bytes,
 )
 from mst_jax.prediction import predict
+from mst_jax.step_memory import WORKSPACE
 from mst_jax.train_step import init_train_state
 
 ROOT = Path(__file__).parent.parent
@@ -45,12 +46,12 @@ LLAMA, SMALL = PRESETS["llama3_8b"], PRESETS["llama32_1b"]
 H200 = GPUS["h200"]
 
 
-def config(tokens=65536, *, model=LLAMA, optim=None, **train):
+def config(tokens=65536, *, model=LLAMA, optim=None, packing=False, **train):
     """SGD in the backward pass, bf16 weights."""
     sgd = {"name": "sgd", "param_dtype": "bfloat16", "clip_norm": None}
     return Config(
         model=model,
-        data=DataConfig(seq_len=tokens, batch_size=1, tokenizer="x", packing=False),
+        data=DataConfig(seq_len=tokens, batch_size=1, tokenizer="x", packing=packing),
         optim=OptimConfig(**{**sgd, "in_backward": True, **(optim or {})}),
         train=TrainConfig(**train),
     )
@@ -102,6 +103,57 @@ def test_components_add_up():
     # cuDNN's workspace, 32 KiB a token, is not in a compilation without a device.
     assert p.phases["attention"]["attention workspace"] == 2**31
     assert p.peak_compiled < p.peak_device
+
+
+def test_each_attention_has_its_own_buffers():
+    dense, blocks, packed = (
+        predict(config(plan="save_attention", **how), LLAMA, H200)
+        for how in ({}, {"attention": "xla"}, {"packing": True})
+    )
+    token = 65536 * 4096
+    workspaces = [p.phases["attention"][WORKSPACE] for p in (dense, blocks, packed)]
+    assert workspaces == [8 * token, 0, 16 * token]
+    # gradients of q, k, v twice
+    sizes = [p.phases["attention"]["layer working set"] for p in (dense, packed)]
+    assert sizes[1] - sizes[0] == 2 * 65536 * (4096 + 2 * 1024)
+    # The branch of packed documents that no level holds.
+    assert packed.phases["attention in blocks"][WORKSPACE] == 0
+    assert packed.peak_device > packed.peak_compiled > dense.peak_compiled
+    assert blocks.peak_device == blocks.peak_compiled
+    assert blocks.seconds["attention"] > 2 * dense.seconds["attention"]
+    assert packed.seconds["attention"] == dense.seconds["attention"]
+
+
+def test_attention_is_that_of_the_gpu():
+    for gpu, how, on_cudnn in (
+        ("h200", {}, True), ("h200", {"packing": True}, True),
+        ("h200", {"attention": "xla"}, False), ("a100-80gb", {}, True),
+        ("a100-80gb", {"packing": True}, False), ("t4", {}, False),
+        ("h200", {"compute_dtype": "float32"}, False),
+        ("h200", {"attention": "cudnn", "packing": True}, True),
+    ):  # fmt: skip
+        p = predict(config(**how), LLAMA, GPUS[gpu])
+        assert (p.phases["attention"][WORKSPACE] > 0) is on_cudnn, (gpu, how)
+    for gpu, packing, why in (
+        ("t4", False, "below 8.0"),
+        ("a100-80gb", True, "packed"),
+    ):
+        cfg = config(attention="cudnn", packing=packing)
+        with pytest.raises(NotImplementedError, match=f"attention='cudnn'.*{why}"):
+            predict(cfg, LLAMA, GPUS[gpu])
+
+
+def test_long_packed_rows_take_head_groups_for_cudnn():
+    # 2**31 elements of q for one group: offsets are 32 bits.
+    for asked, groups in (("cudnn", 2), ("auto", 1)):
+        cfg = config(2**19, packing=True, attention=asked, plan="offload")
+        chosen, p = fastest_plan(cfg, LLAMA, H200, 120 * GIB, 400 * GIB)
+        assert chosen.train.head_groups >= groups
+        assert p.phases["attention"][WORKSPACE] > 0
+    one_group = config(2**19, packing=True, plan="offload")
+    assert predict(one_group, LLAMA, H200).phases["attention"][WORKSPACE] == 0
+    with pytest.raises(NotImplementedError, match="take more head groups"):
+        predict(config(2**19, packing=True, attention="cudnn"), LLAMA, H200)
 
 
 def test_what_is_offloaded_is_on_the_host():
@@ -403,6 +455,9 @@ needs_plugin = pytest.mark.skipif(
         ("h200", config(65536, plan="save_attention")),
         ("h200", config(262144, plan="offload", head_groups=8)),
         ("h200", config(131072, plan="offload_attention", prefetch=True)),
+        ("h200", config(131072, plan="offload", attention="xla")),
+        ("h200", config(131072, plan="offload", packing=True)),
+        ("h200", config(65536, plan="offload", packing=True, head_groups=2)),
         (
             "a100-40gb",
             config(
@@ -419,7 +474,10 @@ needs_plugin = pytest.mark.skipif(
             ),
         ),
     ],
-    ids=["save_attention", "offload", "prefetch", "mixture", "T4"],
+    ids=[
+        "save_attention", "offload", "prefetch", "xla", "packed", "packed in groups",
+        "mixture", "T4",
+    ],
 )  # fmt: skip
 def test_predicted_memory_is_within_5_percent_of_the_compiled(gpu, cfg):
     compiled = compile_step(cfg, cfg.model, GPUS[gpu])

@@ -167,12 +167,16 @@ def choose_implementation(
     segmented: bool,
     softcap: float | None = None,
     shape: tuple[int, int, int] = (1, 1, 1),
+    capability: tuple[int, int] | None = None,
 ) -> tuple[str, str]:
-    """Return ('cudnn' or 'xla', why), as `attention` chooses here for (B, T, N)."""
+    """Return ('cudnn' or 'xla', why), as `attention` chooses here for (B, T, N).
+
+    `capability` is that of another GPU, to choose as it would be there.
+    """
     q = jax.ShapeDtypeStruct((*shape, head_size), dtype)
     obstacle = _cudnn_obstacle(
         q, segmented=segmented, softcap=softcap, window_two_sided=False
-    ) or _device_obstacle(q, segmented=segmented)
+    ) or _device_obstacle(q, segmented=segmented, capability=capability)
     return ("xla", obstacle) if obstacle else ("cudnn", "this GPU has it")
 
 
@@ -193,8 +197,8 @@ def _cudnn_obstacle(q, *, segmented, softcap, window_two_sided) -> str | None:
     return None
 
 
-def _device_obstacle(q, *, segmented) -> str | None:
-    capability = _capability()
+def _device_obstacle(q, *, segmented, capability=None) -> str | None:
+    capability = capability or _capability()
     if capability is None:
         return f"there is no GPU ({jax.default_backend()})"
     if capability < (8, 0):
