@@ -3,15 +3,19 @@
     python benchmarks/tune_matmul.py --preset llama3_8b --tokens 16384 --seconds 240
 
 Checks every kernel first, values against f32, on lengths that no tile divides. Then
-sweeps the tiles for each product of the MLP's chunk, and times the whole chunk loop,
-forward and backward. Random data, medians; prints a table and writes JSON.
+times the whole chunk loop, forward and backward, and the products of the MLP's chunk
+under each of the tiles. What is compared takes turns, round after round, since a GPU
+that is limited by power gets slower while it is warm: medians of the rounds. What is
+added in place is, as in the loop, so that no copy is timed. Random data; prints a
+table and writes JSON.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ import jax.numpy as jnp
 
 from mst_jax.config import PRESETS
 from mst_jax.ops.matmul import Tiles, matmul
-from mst_jax.ops.swiglu import mosaic_gpu, swiglu
+from mst_jax.ops.swiglu import mosaic_gpu, swiglu, xla
 
 WIDE = Tiles()
 TALL = Tiles(wg_tile_m=128, tile_n=128, slots=1)
@@ -29,15 +33,29 @@ SWEEP = [
     replace(WIDE, snake=16),
     replace(WIDE, snake=4),
     replace(WIDE, snake_m=False),
-    replace(WIDE, snake=4, snake_m=False),
-    replace(WIDE, cluster=1),
-    TALL,
-    replace(TALL, cluster=1),
+    replace(WIDE, stages=3, slots=2),
     replace(WIDE, stages=3, slots=4),
-    replace(WIDE, stages=3, slots=4, snake=16),
-    replace(WIDE, stages=3, slots=4, snake_m=False),
+    replace(WIDE, stages=3, slots=5),
+    TALL,
     replace(TALL, stages=3, slots=2),
 ]
+CHECKED = [WIDE, replace(WIDE, cluster=1), replace(WIDE, stages=3, slots=4), TALL]
+CALL_SECONDS = 0.02
+"""Of one product, in one round."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """Something to time."""
+
+    ours: Callable[..., Any]
+    """(tiles, *args)."""
+    plain: Callable[..., Any]
+    """(*args), in XLA."""
+    args: tuple[jax.Array, ...]
+    flops: int
+    sums: bool = False
+    """Whether the result takes the place of the first argument."""
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
@@ -50,61 +68,62 @@ def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
     return draw()
 
 
-def products(tokens: int, D: int, F: int) -> dict[str, tuple[Callable[..., Any], ...]]:
-    """Return name -> (ours(tiles, *args), XLA's(*args), args, FLOPs)."""
+def products(tokens: int, D: int, F: int) -> dict[str, Product]:
+    """Return the products of the MLP's chunk."""
     x, dy = normal(0, tokens, D), normal(1, tokens, D)
     wide, other = normal(2, tokens, F), normal(3, tokens, F)
     w_gate, w_up = normal(4, D, F, scale=D**-0.5), normal(5, D, F, scale=D**-0.5)
     w_down = normal(6, F, D, scale=F**-0.5)
+    dw, dw_down = (jnp.zeros(s, jnp.float32) for s in ((D, F), (F, D)))
     flops = 2 * tokens * D * F
+
+    def nt(a, b):
+        return jnp.einsum("TI,OI->TO", a, b)
 
     def f32(total, a, b):
         return total + jnp.einsum("TI,TO->IO", a, b, preferred_element_type="float32")
 
-    def silu_up(x, g, u):
-        gate, up = x @ g, x @ u
-        return (jax.nn.silu(gate.astype(jnp.float32)) * up).astype(x.dtype)
+    def in_f32(tiles, total, a, b):
+        return matmul(a, b, transpose_a=True, total=total, tiles=tiles)
 
-    def gradients(x, g, u, dh):
-        hidden, vjp = jax.vjp(
-            lambda a, b: (jax.nn.silu(a.astype(jnp.float32)) * b).astype(a.dtype),
-            x @ g, x @ u,
-        )  # fmt: skip
-        return hidden, *vjp(dh)
+    def hidden(x, g, u):
+        return xla.gated("silu", x @ g, x @ u)
+
+    def gradients(x, g, u, dy, w):
+        value, vjp = jax.vjp(lambda a, b: xla.gated("silu", a, b), x @ g, x @ u)
+        return value, *vjp(nt(dy, w))
+
+    def dh_gradients(tiles, x, g, u, dy, w):
+        dh = matmul(dy, w, transpose_b=True)
+        return mosaic_gpu.gate_up_backward(x, g, u, dh, tiles=tiles)
 
     return {
-        "gate_up": (
+        "dh, gate_up_backward": Product(
+            dh_gradients, gradients, (x, w_gate, w_up, dy, w_down), 3 * flops
+        ),
+        "dx, two products": Product(
+            lambda t, a, b, g, u: matmul(
+                a, g, transpose_b=True, also=((b, u),), tiles=t
+            ),
+            lambda a, b, g, u: nt(a, g) + nt(b, u),
+            (wide, other, w_gate, w_up), 2 * flops,
+        ),
+        "dh": Product(
+            lambda t, a, w: matmul(a, w, transpose_b=True, tiles=t),
+            nt, (dy, w_down), flops,
+        ),
+        "gate_up": Product(
             lambda t, *a: mosaic_gpu.gate_up(*a, keep=False, tiles=t)[0],
-            silu_up, (x, w_gate, w_up), 2 * flops,
+            hidden, (x, w_gate, w_up), 2 * flops,
         ),
-        "gate_up_backward": (
-            lambda t, *a: mosaic_gpu.gate_up_backward(*a, tiles=t),
-            gradients, (x, w_gate, w_up, wide), 2 * flops,
+        "dW += f32": Product(in_f32, f32, (dw, x, other), flops, sums=True),
+        "dW_down += f32": Product(in_f32, f32, (dw_down, wide, dy), flops, sums=True),
+        "down": Product(
+            lambda t, h, w: matmul(h, w, tiles=t), jnp.matmul, (wide, w_down), flops
         ),
-        "down nn +residual": (
-            lambda t, h, w, r: matmul(h, w, total=r, tiles=t),
-            lambda h, w, r: r + h @ w, (wide, w_down, x), flops,
-        ),
-        "dh nt": (
-            lambda t, a, w: matmul(a, w, transpose_b=True, tiles=t),
-            lambda a, w: jnp.einsum("TD,FD->TF", a, w), (dy, w_down), flops,
-        ),
-        "dx nt": (
-            lambda t, a, w: matmul(a, w, transpose_b=True, tiles=t),
-            lambda a, w: jnp.einsum("TF,DF->TD", a, w), (other, w_gate), flops,
-        ),
-        "dx nt +total": (
-            lambda t, a, w, r: matmul(a, w, transpose_b=True, total=r, tiles=t),
-            lambda a, w, r: r + jnp.einsum("TF,DF->TD", a, w),
-            (other, w_gate, x), flops,
-        ),
-        "dW tn f32": (
-            lambda t, total, a, b: matmul(a, b, transpose_a=True, total=total, tiles=t),
-            f32, (jnp.zeros((D, F), jnp.float32), x, other), flops,
-        ),
-        "dW_down tn f32": (
-            lambda t, total, a, b: matmul(a, b, transpose_a=True, total=total, tiles=t),
-            f32, (jnp.zeros((F, D), jnp.float32), wide, dy), flops,
+        "down + residual": Product(
+            lambda t, r, h, w: matmul(h, w, total=r, tiles=t),
+            lambda r, h, w: r + h @ w, (x, wide, w_down), flops, sums=True,
         ),
     }  # fmt: skip
 
@@ -121,35 +140,20 @@ def error(got: Any, want: Any) -> float:
     return max(float(relative(a, b)) for a, b in pairs)
 
 
-def milliseconds(run: Callable[[], Any], repeats: int = 5) -> float:
-    """Return the median time of a call, of several in flight at once."""
-    jax.block_until_ready(run())
-    began = time.perf_counter()
-    jax.block_until_ready(run())
-    calls = max(2, int(0.03 / (time.perf_counter() - began)))
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        for _ in range(calls):
-            out = run()
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - began) / calls)
-    return 1e3 * sorted(times)[repeats // 2]
-
-
 def check(tiles: list[Tiles]) -> None:
     """Compare every product with f32 at a ragged size; raise if one is wrong."""
-    for name, (ours, plain, args, _) in products(1000, 1344, 2112).items():
+    for name, product in products(1000, 1344, 2112).items():
+        args = product.args
         with jax.default_matmul_precision("highest"):
-            want = jax.jit(plain)(*[a.astype(jnp.float32) for a in args])
-        theirs, found = error(jax.jit(plain)(*args), want), None
+            want = jax.jit(product.plain)(*[a.astype(jnp.float32) for a in args])
+        theirs, found = error(jax.jit(product.plain)(*args), want), None
         for tile in tiles:
             try:
-                run = jax.jit(lambda *a, f=ours, t=tile: f(t, *a))
+                run = jax.jit(lambda *a, f=product.ours, t=tile: f(t, *a))
                 got = run(*args)
                 again = run(*args)
-            except Exception as reason:  # a tile that cannot: said, and left out
-                print(f"check {name} {tile}: {str(reason)[:150]}", flush=True)
+            except ValueError as reason:  # tiles that cannot: said, and left out
+                print(f"check {name} {short(tile)}: {str(reason)[-40:]}", flush=True)
                 continue
             found = error(got, want)
             same = all(
@@ -163,64 +167,145 @@ def check(tiles: list[Tiles]) -> None:
         print(f"check {name}: error {found:.2e}, XLA's {theirs:.2e}", flush=True)
 
 
-def sweep(preset: str, tokens: int, names: list[str], deadline: float) -> list[dict]:
+def take_turns(
+    runs: dict[str, Callable[[], Any]], rounds: int, deadline: float
+) -> dict[str, float]:
+    """Return the median milliseconds of a call of each, in rounds of some calls."""
+    calls = {}
+    for name, run in runs.items():
+        jax.block_until_ready(run())
+        began = time.perf_counter()
+        jax.block_until_ready(run())
+        calls[name] = max(1, round(CALL_SECONDS / (time.perf_counter() - began)))
+    times = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            for _ in range(calls[name]):
+                out = run()
+            jax.block_until_ready(out)
+            times[name].append(1e3 * (time.perf_counter() - began) / calls[name])
+        if time.monotonic() > deadline:
+            break
+    return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+
+
+def runner(compiled: Any, args: tuple[jax.Array, ...], sums: bool) -> Callable[[], Any]:
+    """Return a call; if it sums, each goes on with the last one's result."""
+    if not sums:
+        return lambda: compiled(*args)
+    state = [jnp.copy(args[0])]
+
+    def run():
+        state[0] = compiled(state[0], *args[1:])
+        return state[0]
+
+    return run
+
+
+def compile_all(jobs: dict[str, tuple[Callable[..., Any], Product]]) -> dict[str, Any]:
+    """Compile several programs at once; say which failed and leave them out."""
+
+    def one(fn, product):
+        donated = 0 if product.sums else ()
+        return jax.jit(fn, donate_argnums=donated).lower(*product.args).compile()
+
+    done = {}
+    with ThreadPoolExecutor(8) as pool:
+        futures = {name: pool.submit(one, *job) for name, job in jobs.items()}
+        for name, future in futures.items():
+            try:
+                done[name] = future.result()
+            except Exception as reason:  # what cannot run must not end the rest
+                print(f"{name}: {str(reason)[-90:]}", flush=True)
+    return done
+
+
+def short(tiles: Tiles) -> str:
+    """Name tiles in a few letters."""
+    return (
+        f"{2 * tiles.wg_tile_m}x{tiles.tile_n}x{tiles.tile_k} stages{tiles.stages} "
+        f"slots{tiles.slots} cluster{tiles.cluster} "
+        f"snake{tiles.snake}{'nm'[tiles.snake_m]}"
+    )
+
+
+def sweep(
+    preset: str, tokens: int, names: list[str], rounds: int, deadline: float
+) -> list[dict[str, Any]]:
     """Time every product under every tile."""
     model = PRESETS[preset]
+    D, F = model.hidden_size, model.intermediate_size
     rows = []
-    todo = products(tokens, model.hidden_size, model.intermediate_size)
-    for name, (ours, plain, args, flops) in todo.items():
+    for name, product in products(tokens, D, F).items():
         if names and name not in names:
             continue
-        plain = jax.jit(plain)
-        base = milliseconds(lambda f=plain, a=args: f(*a))
-        rows.append({"product": name, "tiles": "XLA", "ms": base, "flops": flops})
-        for tile in SWEEP:
-            if time.monotonic() > deadline:
-                break
-            try:
-                run = jax.jit(lambda *a, f=ours, t=tile: f(t, *a))
-                ms = milliseconds(lambda f=run, a=args: f(*a))
-            except Exception as reason:
-                print(f"{name} {tile}: {str(reason)[:100]}", flush=True)
-                continue
-            rows.append({"product": name, "tiles": str(tile), "ms": ms, "flops": flops})
-        for row in rows:
-            if row["product"] == name:
-                rate = row["flops"] / row["ms"] / 1e9
-                print(f"{name:18} {row['ms']:8.3f} ms {rate:6.0f} {row['tiles']}")
+        if time.monotonic() > deadline:
+            print(f"{name}: no time left")
+            break
+        kinds: dict[str, Tiles | None] = {"XLA": None, **{short(t): t for t in SWEEP}}
+        jobs = {
+            kind: (
+                (lambda *a, f=product.ours, t=t: f(t, *a)) if t else product.plain,
+                product,
+            )
+            for kind, t in kinds.items()
+        }
+        runs = {
+            kind: runner(fn, product.args, product.sums)
+            for kind, fn in compile_all(jobs).items()
+        }
+        times = take_turns(runs, rounds, deadline)
+        for kind, ms in sorted(times.items(), key=lambda item: item[1]):
+            rate = product.flops / ms / 1e9
+            print(f"{name:22} {ms:8.3f} ms {rate:6.0f} TFLOP/s  {kind}", flush=True)
+            tiles = kinds[kind]
+            rows.append({
+                "product": name, "tokens": tokens, "D": D, "F": F, "ms": ms,
+                "tflops": rate, "tiles": asdict(tiles) if tiles else "XLA",
+            })  # fmt: skip
     return rows
 
 
-def loop(preset: str, tokens: int, chunk_size: int) -> list[dict]:
-    """Time swiglu's chunk loop, forward and backward, both ways."""
+def loop(
+    preset: str, tokens: int, chunk_size: int, rounds: int, deadline: float,
+    kinds: tuple[str, ...] = ("xla", "mosaic_gpu"),
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Time swiglu's chunk loop, forward and backward."""
     model = PRESETS[preset]
     D, F = model.hidden_size, model.intermediate_size
-    x, dy = normal(0, 1, tokens, D), normal(1, 1, tokens, D)
     w = [normal(4, D, F, scale=D**-0.5), normal(5, D, F, scale=D**-0.5)]
     w.append(normal(6, F, D, scale=F**-0.5))
+    args = (normal(0, 1, tokens, D), *w, normal(1, 1, tokens, D))
+
+    def run(kind, x, *rest):
+        *w, dy = rest
+
+        def mlp(x, *w):
+            return swiglu(x, *w, chunk_size=chunk_size, implementation=kind)
+
+        y, vjp = jax.vjp(mlp, x, *w)
+        return y, *vjp(dy)
+
+    flops = 11 * 2 * tokens * D * F
+    what = Product(run, run, args, flops)
+    compiled = compile_all(
+        {kind: (lambda *a, kind=kind: run(kind, *a), what) for kind in kinds}
+    )
+    runs = {kind: runner(fn, args, False) for kind, fn in compiled.items()}
     rows = []
-    for implementation in ("xla", "mosaic_gpu", "xla", "mosaic_gpu"):
-
-        @jax.jit
-        def run(x, w, dy, how=implementation):
-            y, vjp = jax.vjp(
-                lambda x, *w: swiglu(
-                    x, *w, chunk_size=chunk_size, implementation=how
-                ),
-                x, *w,
-            )  # fmt: skip
-            return y, *vjp(dy)
-
-        compiled = run.lower(x, w, dy).compile()
-        ms = milliseconds(lambda f=compiled: f(x, w, dy), repeats=3)
-        temp = compiled.memory_analysis().temp_size_in_bytes / 2**30
-        rate = 11 * 2 * tokens * D * F / ms / 1e9
-        rows.append({"product": "loop", "tiles": implementation, "ms": ms})
+    for kind, ms in take_turns(runs, rounds, deadline).items():
+        temp = compiled[kind].memory_analysis().temp_size_in_bytes
+        rate = flops / ms / 1e9
         print(
-            f"loop {tokens} tokens, chunks of {chunk_size}, {implementation}: "
-            f"{ms:.1f} ms, {rate:.0f} TFLOP/s, temporaries {temp:.2f} GiB",
+            f"loop of {tokens} tokens, chunks of {chunk_size}: {ms:8.1f} ms "
+            f"{rate:4.0f} TFLOP/s, temporaries {temp / 2**30:.2f} GiB  {kind}",
             flush=True,
         )
+        rows.append({
+            "product": "loop", "tokens": tokens, "D": D, "F": F, "ms": ms,
+            "tflops": rate, "tiles": kind, "temporaries": temp,
+        })  # fmt: skip
     return rows
 
 
@@ -230,16 +315,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="of a chunk")
     parser.add_argument("--loop-tokens", type=int, default=65536)
     parser.add_argument("--products", nargs="*", default=[])
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--out", type=Path, help="JSON of all times")
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
     print(jax.devices()[0].device_kind, jax.__version__)
-    check([SWEEP[0], *SWEEP[5:7], SWEEP[8]])
-    rows = loop(args.preset, args.loop_tokens, args.tokens)
-    rows += sweep(args.preset, args.tokens, args.products, deadline)
+    check(CHECKED)
+    rows = loop(args.preset, args.loop_tokens, args.tokens, args.rounds, deadline)
+    rows += sweep(args.preset, args.tokens, args.products, args.rounds, deadline)
     if args.out:
-        args.out.write_text(json.dumps(rows))
+        args.out.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

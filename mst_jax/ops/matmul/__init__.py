@@ -1,15 +1,12 @@
 """Tiled matrix products for Hopper, with epilogues of the caller's own."""
 
+from mst_jax.ops.matmul.epilogue import Epilogue, pallas, part_columns, swizzled
 from mst_jax.ops.matmul.mosaic_gpu import (
     OLDEST_JAX,
-    Epilogue,
     device_obstacle,
     in_place,
     matmul,
     obstacle,
-    pallas,
-    part_columns,
-    swizzled,
     tiled_matmul,
 )
 from mst_jax.ops.matmul.tiles import Tiles

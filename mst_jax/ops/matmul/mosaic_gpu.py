@@ -1,12 +1,13 @@
 """The matrix product that the Hopper kernels of this package are built on.
 
-    acc_i = A B_i            f32, one tile [2 wg_tile_m, tile_n] of C a thread block
+    acc_i = sum_j A_j B_ji   f32, one tile [2 wg_tile_m, tile_n] of C a thread block
     epilogue(acc_0, ...)     what becomes of them: written, combined, added in place
 
 A persistent grid of clusters walks the tiles of C in a snake, so that the blocks that
 run together read the same rows and columns through L2. In a block one warpgroup loads
 tiles of A and B (TMA) and two multiply (wgmma), one above the other; the blocks of a
-cluster share the tiles of B (TMA multicast). A and B may each be given transposed.
+cluster share the tiles of B (TMA multicast): `pipeline.py`. Most have one A, and one or
+two B; both may be given transposed.
 Sizes need not be multiples of the tiles, only of 8 rows and 64 columns, the units in
 which TMA moves them: it reads zeros beyond the ends and does not write there.
 
@@ -14,7 +15,6 @@ The accumulators never leave the registers before the epilogue has seen them, in
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mst_jax.ops.matmul.tiles import ROW_BYTES, Tiles
+from mst_jax.ops.matmul.epilogue import (
+    Barriers,
+    Epilogue,
+    pallas,
+    part_columns,
+    swizzled,
+)
+from mst_jax.ops.matmul.pipeline import (
+    COMPUTE_REGISTERS,
+    LOAD_REGISTERS,
+    Pipeline,
+)
+from mst_jax.ops.matmul.tiles import Tiles
 
 OLDEST_JAX = (0, 11, 2)
 H200_SMS = 132
@@ -50,91 +62,13 @@ def device_obstacle() -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Epilogue:
-    """What an epilogue sees of its tile; it runs in each of the two warpgroups."""
-
-    tiles: Tiles
-    width: int
-    """Columns of one accumulator."""
-    dtype: Any
-    """Of everything that is staged: the results, and the operands that are read."""
-    row: Any
-    """First row of the warpgroup's tile in the results."""
-    column: Any
-    """First column."""
-    smem: Any
-    """[slots, wg_tile_m, part], this warpgroup's own."""
-    arrived: Any
-    """A barrier for each slot, or None if nothing is read."""
-
-    @property
-    def part(self) -> int:
-        """Columns that are staged at once."""
-        return part_columns(self.dtype)
-
-    @property
-    def num_parts(self) -> int:
-        """Parts of an accumulator."""
-        return self.width // self.part
-
-    def columns(self, i: int) -> slice:
-        """Return the columns of part i in an accumulator."""
-        return slice(i * self.part, (i + 1) * self.part)
-
-    def read(self, gmem: Any) -> list[jax.Array]:
-        """Return this tile of an array, in parts. Needs a slot for each."""
-        _, plgpu = pallas()
-        if self.num_parts > self.tiles.slots:
-            raise ValueError(
-                f"{self.tiles}: reads {self.num_parts} parts, has fewer slots"
-            )
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for i in range(self.num_parts):
-            plgpu.copy_gmem_to_smem(
-                self._tile(gmem, i), self.smem.at[i], self.arrived.at[i]
-            )
-        parts = []
-        for i in range(self.num_parts):
-            plgpu.barrier_wait(self.arrived.at[i])
-            parts.append(plgpu.load(self.smem.at[i], layout=plgpu.Layout.WGMMA))
-        return parts
-
-    def write(self, gmem: Any, i: int, value: jax.Array, turn: int, *, add=False):
-        """Write part i of this tile, or add it to what is there.
-
-        `turn` counts the writes of the tile; a write waits for the one that had its
-        slot before.
-        """
-        _, plgpu = pallas()
-        slots = self.tiles.slots
-        # At a tile's first write nothing may be left: the tile before need not have
-        # ended on the last slot.
-        plgpu.wait_smem_to_gmem(min(turn, slots - 1), wait_read_only=True)
-        slot = self.smem.at[turn % slots]
-        slot[...] = value.astype(self.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-            slot, self._tile(gmem, i), reduction_op="add" if add else None
-        )
-
-    def _tile(self, gmem, i):
-        pl, _ = pallas()
-        rows = pl.ds(self.row, self.tiles.wg_tile_m)
-        return gmem.at[rows, pl.ds(self.column + i * self.part, self.part)]
-
-
-def part_columns(dtype: Any) -> int:
-    """Return the columns of a part: `ROW_BYTES` of them."""
-    return ROW_BYTES // jnp.dtype(dtype).itemsize
-
-
 def tiled_matmul(
     a: jax.Array,
     bs: tuple[jax.Array, ...],
     epilogue: Callable[..., None],
     *,
     name: str,
+    also: tuple[tuple[jax.Array, tuple[jax.Array, ...]], ...] = (),
     extra: tuple[Any, ...] = (),
     out_type: tuple[jax.ShapeDtypeStruct, ...] = (),
     dtype: Any = jnp.bfloat16,
@@ -153,10 +87,12 @@ def tiled_matmul(
             arrays [wg_tile_m, tile_n / len(bs)], and references to `extra` and to the
             results in global memory.
         name: of the kernel, in traces.
+        also: more (A, Bs), whose products are added to the same accumulators. Their
+            depth may be another.
         extra: arrays [M, N] that the epilogue reads, or references that it changes.
         out_type: of the results, [M, N] each.
         dtype: of what the epilogue stages: of all results and of what it reads.
-        reads: whether it calls `Epilogue.read`.
+        reads: whether it calls `Epilogue.read`, for the tile of `extra[0]`.
         transpose_a, transpose_b: see above.
         tiles: see `Tiles`.
         approx_math: whether the epilogue's exp and tanh may be the fast ones.
@@ -165,117 +101,71 @@ def tiled_matmul(
         A tuple of the results.
     """
     pl, plgpu = pallas()
-    M, K = a.shape[::-1] if transpose_a else a.shape
-    N = bs[0].shape[0 if transpose_b else 1]
+    pairs = [(a, *bs), *((left, *rights) for left, rights in also)]
+    operands, each = [x for pair in pairs for x in pair], 1 + len(bs)
+    M, N = a.shape[transpose_a], bs[0].shape[not transpose_b]
     width = tiles.tile_n // len(bs)
-    cta_m, tile_k, wg_m = tiles.cta_tile_m, tiles.tile_k, tiles.wg_tile_m
-    m_iters, n_iters = pl.cdiv(M, tiles.cluster_tile_m), pl.cdiv(N, width)
-    staged = (tiles.slots, wg_m, part_columns(dtype))
-    if tiles.cluster > 1:
-        consumed = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=2)
-    else:
-        consumed = plgpu.Barrier(num_arrivals=2)
-    barriers = {"consumed": consumed}
-    if reads:
-        barriers["arrived"] = plgpu.Barrier(num_barriers=2 * tiles.slots)
+    grid = pl.cdiv(M, tiles.cluster_tile_m), pl.cdiv(N, width)
+    pipeline = Pipeline(
+        tiles=tiles, transpose_a=transpose_a, transpose_b=transpose_b, width=width,
+        depths=tuple(
+            pl.cdiv(left.shape[not transpose_a], tiles.tile_k) for left, *_ in pairs
+        ),
+    )  # fmt: skip
+    num_tiles = grid[0] * grid[1]
+    clusters = min(num_tiles, num_sms() // tiles.cluster)
+    staged = (2, tiles.slots, tiles.wg_tile_m, part_columns(dtype))
 
-    def kernel(a_gmem, *rest):
-        b_gmems, rest = rest[: len(bs)], rest[len(bs) :]
+    def kernel(*refs):
+        gmems, rest = refs[: len(operands)], refs[len(operands) :]
+        pair_gmems = [gmems[i : i + each] for i in range(0, len(gmems), each)]
         extra_gmems, out_gmems = rest[: len(extra)], rest[len(extra) :]
 
-        def pipeline(step, compute_context):
-            return plgpu.emit_pipeline_warp_specialized(
-                step,
-                grid=(pl.cdiv(K, tile_k),),
-                memory_registers=40,
-                in_specs=[
-                    _operand(transpose_a, (cta_m, tile_k), shared=False),
-                    *[
-                        _operand(
-                            not transpose_b, (width, tile_k), shared=tiles.cluster > 1
-                        )
-                        for _ in bs
-                    ],
-                ],
-                wg_axis="wg",
-                num_compute_wgs=2,
-                max_concurrent_steps=tiles.stages,
-                compute_context=compute_context,
-            )
-
-        def nothing(*_, **__):
-            return None
+        def for_tiles(body):
+            @plgpu.nd_loop((num_tiles,), collective_axes="cluster_grid")
+            def _tile(info):
+                walk = 0 if tiles.snake_m else 1
+                mc, ni = plgpu.planar_snake(info.index[0], grid, walk, tiles.snake)
+                mi = mc * tiles.cluster + lax.axis_index("cluster")
+                body(info.local_index, mi, ni)
 
         @partial(
             pl.run_scoped,
-            allocations=pipeline(nothing, nothing).get_allocations(a_gmem, *b_gmems),
-            smem=plgpu.SMEM((2, *staged), dtype, transforms=swizzled(dtype)),
+            buffers=pipeline.allocations(len(bs)),
+            smem=plgpu.SMEM(staged, dtype, transforms=swizzled(dtype)),
+            arrived=plgpu.Barrier(num_barriers=2 * tiles.slots) if reads else None,
             collective_axes="wg",
-            **barriers,
         )
-        def _scope(allocations, smem, consumed, arrived=None):
-            wg, cta = lax.axis_index("wg"), lax.axis_index("cluster")
+        def _scope(buffers, smem, arrived):
+            wg = lax.axis_index("wg")
 
-            @plgpu.nd_loop((m_iters * n_iters,), collective_axes="cluster_grid")
-            def _tile(info):
-                mc, ni = plgpu.planar_snake(
-                    info.index[0],
-                    (m_iters, n_iters),
-                    0 if tiles.snake_m else 1,
-                    tiles.snake,
-                )
-                mi = mc * tiles.cluster + cta
-                tile = Epilogue(
-                    tiles, width, dtype,
-                    row=pl.multiple_of(mi * cta_m + wg * wg_m, wg_m),
-                    column=pl.multiple_of(ni * width, width),
-                    smem=smem.at[wg],
-                    arrived=_Barriers(arrived, wg * tiles.slots) if reads else None,
-                )  # fmt: skip
+            @pl.when(wg == 2)
+            def _load():
+                plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+                for_tiles(lambda *where: pipeline.load(pair_gmems, *where, **buffers))
+                rest = num_tiles - lax.axis_index("cluster_grid")
+                pipeline.drain(pl.cdiv(rest, clusters), buffers["used"])
 
-                def compute(run):
-                    def products(*accs):
-                        run(accs)
-                        return [acc[...] for acc in accs]
+            @pl.when(wg != 2)
+            def _multiply():
+                plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
 
-                    acc = plgpu.ACC((wg_m, width), jnp.float32)
-                    accs = pl.run_scoped(products, *[acc] * len(bs))
-                    plgpu.barrier_arrive(consumed)
+                @for_tiles
+                def _tile(index, mi, ni):
+                    row = mi * tiles.cta_tile_m + wg * tiles.wg_tile_m
+                    tile = Epilogue(
+                        tiles, width, dtype,
+                        row=pl.multiple_of(row, tiles.wg_tile_m),
+                        column=pl.multiple_of(ni * width, width),
+                        smem=smem.at[wg],
+                        arrived=Barriers(arrived, wg * tiles.slots),
+                    )  # fmt: skip
+                    fetch = partial(tile.fetch, extra_gmems[0]) if reads else None
+                    accs = pipeline.multiply(index, wg, fetch, **buffers)
                     epilogue(tile, accs, extra_gmems, out_gmems)
 
-                def step(_, a_smem, *rest):
-                    *b_smems, accs = rest
-                    own = pl.ds(pl.multiple_of(wg * wg_m, wg_m), wg_m)
-                    if transpose_a:
-                        left = a_smem.at[:, own].transpose((1, 0))
-                    else:
-                        left = a_smem.at[own]
-                    for acc, b in zip(accs, b_smems, strict=True):
-                        right = b.transpose((1, 0)) if transpose_b else b
-                        plgpu.wgmma(acc, left, right)
-                    plgpu.wgmma_wait(len(bs))
-                    return accs
+                plgpu.wait_smem_to_gmem(0)
 
-                rows = pl.ds(mi * cta_m, cta_m)
-                columns = pl.ds(ni * width, width)
-                pipeline(step, compute)(
-                    a_gmem.at[:, rows] if transpose_a else a_gmem.at[rows, :],
-                    *[
-                        b.at[columns, :] if transpose_b else b.at[:, columns]
-                        for b in b_gmems
-                    ],
-                    allocations=allocations,
-                )
-
-                # The pipeline releases a step when the next one has begun, the last
-                # one never: the next tile's loads would overwrite it while it is read.
-                @pl.when(wg == 2)
-                def _wait():
-                    plgpu.barrier_wait(consumed)
-
-        plgpu.wait_smem_to_gmem(0)
-
-    clusters = min(m_iters * n_iters, num_sms() // tiles.cluster)
     kernel.__name__ = name
     return plgpu.kernel(
         kernel,
@@ -287,7 +177,7 @@ def tiled_matmul(
         num_threads=3,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=approx_math),
-    )(a, *bs, *extra)
+    )(*operands, *extra)
 
 
 def matmul(
@@ -296,6 +186,7 @@ def matmul(
     *,
     transpose_a: bool = False,
     transpose_b: bool = False,
+    also: tuple[tuple[jax.Array, jax.Array], ...] = (),
     total: jax.Array | None = None,
     tiles: Tiles | None = None,
 ) -> jax.Array:
@@ -305,6 +196,7 @@ def matmul(
         a: bf16 [M, K], or [K, M] if `transpose_a`.
         b: bf16 [K, N], or [N, K] if `transpose_b`.
         transpose_a, transpose_b: which operands are given transposed.
+        also: more (A, B), whose products are added before anything is rounded.
         total: [M, N], f32 or bf16. It is added to in its own memory where XLA has no
             other use of it, as in the carry of a loop.
         tiles: see `Tiles`; None for its defaults, with the slots that the sum takes.
@@ -313,36 +205,34 @@ def matmul(
         NotImplementedError: see `obstacle`.
     """
     shape = a.shape[transpose_a], b.shape[not transpose_b]
-    if reason := obstacle(a, b, jax.ShapeDtypeStruct(shape, a.dtype)):
+    operands = [x for pair in ((a, b), *also) for x in pair]
+    if reason := obstacle(*operands, jax.ShapeDtypeStruct(shape, a.dtype)):
         raise NotImplementedError(f"Mosaic GPU matmul: {reason}")
     name = f"matmul_{'nt'[transpose_a]}{'nt'[transpose_b]}"
+
+    def run(a, b, *also, epilogue, tiles, **options):
+        also = [(a, (b,)) for a, b in zip(also[::2], also[1::2], strict=True)]
+        return tiled_matmul(
+            a, (b,), epilogue, also=tuple(also), tiles=tiles, transpose_a=transpose_a,
+            transpose_b=transpose_b, **options,
+        )  # fmt: skip
+
     if total is None:
-        (c,) = tiled_matmul(
-            a, (b,), _store, name=name, tiles=tiles or Tiles(),
-            out_type=(jax.ShapeDtypeStruct(shape, a.dtype),),
-            transpose_a=transpose_a, transpose_b=transpose_b,
+        out = jax.ShapeDtypeStruct(shape, a.dtype)
+        (c,) = run(
+            *operands, epilogue=_store, name=name, out_type=(out,),
+            tiles=tiles or Tiles(),
         )  # fmt: skip
         return c
-    if total.dtype == jnp.float32:
-        options: dict[str, Any] = {
-            "epilogue": _add,
-            "name": f"{name}_add_f32",
-            "tiles": Tiles(),
-        }
-    else:
-        options = {
-            "epilogue": _read_and_add, "name": f"{name}_add", "reads": True,
-            "tiles": Tiles(stages=3, slots=4),
-        }  # fmt: skip
-    options |= {"tiles": tiles or options["tiles"], "dtype": total.dtype}
-
-    def add(ref, a, b):
-        return tiled_matmul(
-            a, (b,), extra=(ref,), transpose_a=transpose_a, transpose_b=transpose_b,
-            **options,
-        )  # fmt: skip
-
-    return in_place(add, total, a, b)[0]
+    reads = total.dtype != jnp.float32
+    options = {
+        "epilogue": _read_and_add if reads else _add, "reads": reads,
+        "name": f"{name}_add" if reads else f"{name}_add_f32", "dtype": total.dtype,
+        "tiles": tiles or (Tiles(stages=3, slots=4) if reads else Tiles()),
+    }  # fmt: skip
+    return in_place(
+        lambda ref, *operands: run(*operands, extra=(ref,), **options), total, *operands
+    )[0]
 
 
 def in_place(
@@ -373,8 +263,8 @@ def _add(tile, accs, extra, outs):
 
 def _read_and_add(tile, accs, extra, outs):
     # Not by TMA: it would round the product to 16 bits before it adds.
-    for i, part in enumerate(tile.read(extra[0])):
-        value = accs[0][:, tile.columns(i)] + part.astype(jnp.float32)
+    for i in range(tile.num_parts):
+        value = accs[0][:, tile.columns(i)] + tile.read(i).astype(jnp.float32)
         tile.write(extra[0], i, value, i)
 
 
@@ -382,49 +272,3 @@ def num_sms() -> int:
     """Return the multiprocessors of this GPU, or of an H200 where there is none."""
     device = jax.local_devices()[0]
     return device.core_count if device.platform == "gpu" else H200_SMS
-
-
-@dataclass(frozen=True)
-class _Barriers:
-    """One warpgroup's share of an array of barriers."""
-
-    all: Any
-    first: Any
-
-    @property
-    def at(self):
-        return self
-
-    def __getitem__(self, i):
-        return self.all.at[self.first + i]
-
-
-def _operand(depth_first: bool, sizes: tuple[int, int], *, shared: bool) -> Any:
-    """Describe the tiles [outer, depth] of an operand, or [depth, outer]."""
-    _, plgpu = pallas()
-    return plgpu.BlockSpec(
-        sizes[::-1] if depth_first else sizes,
-        (lambda k: (k, 0)) if depth_first else (lambda k: (0, k)),
-        transforms=swizzled(jnp.bfloat16),
-        memory_space=plgpu.SMEM,
-        delay_release=1,
-        collective_axes=("cluster",) if shared else (),
-    )
-
-
-def swizzled(dtype: Any) -> tuple[Any, ...]:
-    """Return the transforms of shared memory in rows of `ROW_BYTES`, for wgmma."""
-    _, plgpu = pallas()
-    tiling = plgpu.TilingTransform((8, part_columns(dtype)))
-    return tiling, plgpu.SwizzleTransform(ROW_BYTES)
-
-
-def pallas() -> tuple[Any, Any]:
-    """Return Pallas and its Mosaic GPU part.
-
-    Not at the top of a file: JAX 0.10 has another API, and a CPU has no need of it.
-    """
-    import jax.experimental.pallas as pl
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    return pl, plgpu

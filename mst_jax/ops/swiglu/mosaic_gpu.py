@@ -55,8 +55,7 @@ def backward(activation: str, x, gate_up, dy, weights, totals: Any):
         gate_up = map(_rows, gate_up)
         h, vjp = jax.vjp(partial(xla.gated, activation), *gate_up)
         dgate, dup = vjp(dh)
-    dx = matmul(dgate, w_gate, transpose_b=True)
-    dx = matmul(dup, w_up, transpose_b=True, total=dx)
+    dx = matmul(dgate, w_gate, transpose_b=True, also=((dup, w_up),))
     pairs = ((x, dgate), (x, dup), (h, dy))
     totals = [
         matmul(*pair, transpose_a=True, total=t)
@@ -96,7 +95,8 @@ def _write_hidden(tile, accs, extra, outs):
 
 
 def _write_gradients(tile, accs, extra, outs):
-    for i, dh in enumerate(tile.read(extra[0])):
+    # The slots are written from the first part on: all is read before.
+    for i, dh in enumerate([tile.read(i) for i in range(tile.num_parts)]):
         gate, up = (acc[:, tile.columns(i)] for acc in accs)
         dh = dh.astype(jnp.float32)
         s = _sigmoid(gate)
