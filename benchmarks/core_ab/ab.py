@@ -42,7 +42,7 @@ F32 = jnp.float32
 # one step show whether the loads of the next tile wait for this one to be read.
 RAGGED = [(8, 64, 64), (1000, 1344, 2112), (2056, 64, 4160)]
 RAGGED_HEAD = 1000, 192, 5000, 384  # tokens, D, V, chunk
-RAGGED_LOOP = 1000, 192, 1984, 384  # tokens, D, F, chunk
+RAGGED_LOOP = 1000, 192, 1984, 200  # tokens, D, F, chunk
 TOKENS, CHUNK = 65536, 16384
 D, F, V = 4096, 14336, 128256  # Llama3-8B
 HEAD = 16384, (4096, 8192)
