@@ -68,9 +68,15 @@ class Epilogue:
         """
         _, plgpu = pallas()
         slots = self.tiles.slots
+        # An array of one part has no beyond: Pallas drops a dimension of size 1 and
+        # its index, so that parts beyond the end would land on the first.
+        if i * self.part >= gmem.shape[-1]:
+            return
         # At a tile's first write nothing may be left: the tile before need not have
-        # ended on the last slot.
-        plgpu.wait_smem_to_gmem(min(turn, slots - 1), wait_read_only=True)
+        # ended on the last slot. Nor where parts are left out, which breaks the count.
+        complete = gmem.shape[-1] >= self.width
+        younger = min(turn, slots - 1) if complete else 0
+        plgpu.wait_smem_to_gmem(younger, wait_read_only=True)
         slot = self.smem.at[turn % slots]
         slot[...] = value.astype(self.dtype)
         plgpu.commit_smem()
