@@ -88,14 +88,11 @@ def forward(
         scale = head["final_norm"]["scale"]
         with jax.named_scope("norm"):
             hidden = rms_norm(y, scale, eps=model.rms_norm_eps)
-        weight = (
-            head["embed"]["embedding"].T
-            if model.tie_embeddings
-            else head["lm_head"]["kernel"]
-        )
+        tied = model.tie_embeddings
+        weight = head["embed"]["embedding"] if tied else head["lm_head"]["kernel"]
         return linear_cross_entropy(
             hidden, weight, batch["labels"], chunk_size=cfg.train.loss_chunk_size,
-            implementation=cfg.train.asked_implementation,
+            implementation=cfg.train.asked_implementation, transposed=tied,
         )  # fmt: skip
 
     total, vjp, count = jax.vjp(loss, head, y, has_aux=True)

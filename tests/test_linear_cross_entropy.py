@@ -61,6 +61,35 @@ def test_value_and_gradients(T, chunk_size, masked):
     jax.tree.map(close, grads, want_grads)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_transposed_head_is_the_same_head(dtype):
+    x, w, y = make(100, dtype=dtype)
+
+    def loss(x, w, **how):
+        return linear_cross_entropy(x, w, y, chunk_size=32, **how)[0]
+
+    want, (want_dx, want_dw) = jax.value_and_grad(loss, (0, 1))(x, w)
+    grad = jax.value_and_grad(lambda x, w: loss(x, w, transposed=True), (0, 1))
+    found, (dx, dw) = grad(x, w.T)
+    assert dw.shape == (V, D) and dw.dtype == dtype
+    tolerance = 1e-6 if dtype == jnp.float32 else 1e-2  # bf16 results
+    for a, b in ((found, want), (dx, want_dx), (dw.T, want_dw)):
+        close(a, b, tolerance)
+    close(loss(x, w.T, transposed=True), want)
+    with pytest.raises(ValueError, match=r"\[V, D\]"):
+        loss(x, w, transposed=True)
+
+
+def test_a_transposed_head_is_not_copied():
+    x, w, y = make(64, B=1)
+
+    def loss(w):
+        return linear_cross_entropy(x, w, y, chunk_size=16, transposed=True)[0]
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(w.T))
+    assert f"f32[{D},{V}]" not in text and f"f32[{V},{D}]" in text
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -129,6 +129,14 @@ def test_value_and_gradients(kernels, T, D, V, B, chunk_size):
 
 
 @needs_pallas
+def test_a_transposed_head_is_the_same_head(kernels):
+    x, w, y = make(70, 64, 523)
+    total, (dx, dw) = run("mosaic_gpu", x, w, y)
+    found, (dx_too, dw_too) = run("mosaic_gpu", x, w.T, y, transposed=True)
+    assert found == total and (dx_too == dx).all() and (dw_too.T == dw).all()
+
+
+@needs_pallas
 def test_tiles_one_after_the_other(kernels, monkeypatch):
     # Few multiprocessors, and a depth of one step: do the loads of a block's next tile
     # wait for this one to be read?
@@ -167,7 +175,7 @@ def test_vocabulary_masked_with_minus_infinity(kernels):
     x, y = jnp.abs(x)[0], y[0] % 3
     w = w.at[:, 3].set(-jnp.inf).at[:, 256:].set(-jnp.inf)
     options = Options(0.0, None, 0.0, "mosaic_gpu")
-    prepared = mosaic_gpu.prepare(w)
+    prepared = mosaic_gpu.prepare(options, w)
     weights, dweight = jnp.ones(y.shape), jnp.zeros(prepared.shape)
     arguments = x, prepared, y, weights, dweight, False, 600
     with interpreted():

@@ -31,9 +31,10 @@ MOSAIC_GPU_BY_DEFAULT = True
 
 def linear_cross_entropy(
     hidden: Float[Array, "*tokens D"],
-    weight: Float[Array, "D V"],
+    weight: Float[Array, "D V"] | Float[Array, "V D"],
     labels: Int[Array, "*tokens"],
     *,
+    transposed: bool = False,
     chunk_size: int | None = None,
     ignore_index: int = -100,
     token_weights: Num[Array, "*tokens"] | None = None,
@@ -52,6 +53,8 @@ def linear_cross_entropy(
         hidden: [..., D] activations. The last token axis is the one that is chunked.
         weight: [D, V] head, used in hidden's dtype; its gradient, summed in f32, comes
             in its own. If it is not differentiated, its gradient costs nothing.
+        transposed: whether weight is [V, D]: a tied embedding as it is. Its `.T` is a
+            copy in some versions of XLA, for the length of the program.
         labels: [...] in [0, V), or `ignore_index`. Any other value gives NaN.
         chunk_size: tokens of a chunk along the last token axis; None keeps a chunk's
             logits below 2 GiB: f32 in XLA, two bytes each in Mosaic GPU.
@@ -73,12 +76,13 @@ def linear_cross_entropy(
     """
     options = _check(
         hidden, weight, labels, token_weights,
-        z_loss, logit_softcap, label_smoothing, implementation,
+        z_loss, logit_softcap, label_smoothing, implementation, transposed,
     )  # fmt: skip
     hidden, labels, weights = _flatten(hidden, labels, token_weights, ignore_index)
     B, T, _ = hidden.shape
     if chunk_size is None:
-        chunk_size = loss_chunk_size(B, weight.shape[1], options.implementation)
+        V = weight.shape[options.head.index("V")]
+        chunk_size = loss_chunk_size(B, V, options.implementation)
     num_chunks, size = split_length(T, chunk_size)
     pad = num_chunks * size - T
     weights = jnp.pad(weights, ((0, 0), (0, pad)))
@@ -168,10 +172,15 @@ def choose_implementation(
 
 
 def _check(
-    hidden, weight, labels, token_weights, z_loss, softcap, smoothing, implementation
-) -> Options:
-    if hidden.ndim < 2 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[0]:
-        raise ValueError(f"{hidden.shape=} must be [..., D] and {weight.shape=} [D, V]")
+    hidden, weight, labels, token_weights, z_loss, softcap, smoothing, implementation,
+    transposed=False,
+) -> Options:  # fmt: skip
+    D_axis = int(transposed)
+    if hidden.ndim < 2 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[D_axis]:
+        raise ValueError(
+            f"{hidden.shape=} must be [..., D] and {weight.shape=} "
+            + ("[V, D]" if transposed else "[D, V]")
+        )
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"{labels.shape=} must be {hidden.shape=} without D")
     if token_weights is not None and token_weights.shape != labels.shape:
@@ -187,7 +196,7 @@ def _check(
         )
     if implementation not in ("xla", "mosaic_gpu"):
         raise NotImplementedError(f"{implementation=} is not 'xla' or 'mosaic_gpu'")
-    options = Options(z_loss, softcap, smoothing, implementation)
+    options = Options(z_loss, softcap, smoothing, implementation, transposed)
     if implementation == "mosaic_gpu":
         obstacle = mosaic_gpu.obstacle(options, D, dtype) or _device_obstacle()
         if obstacle:

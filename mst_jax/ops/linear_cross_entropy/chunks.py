@@ -22,13 +22,13 @@ def weighted_sum(options: Options, x_MBCD, weight, labels_MBC, weights_MBC) -> A
     Args:
         options: of the loss.
         x_MBCD: hidden states in chunks.
-        weight: [D, V] head.
+        weight: [D, V] head, or [V, D] (`options.transposed`).
         labels_MBC: labels; any where the weight is 0.
         weights_MBC: f32 factors of the losses.
     """
     how = _implementation(options)
-    V = weight.shape[1]
-    weight = how.prepare(weight.astype(x_MBCD.dtype))
+    V = weight.shape[options.head.index("V")]
+    weight = how.prepare(options, weight.astype(x_MBCD.dtype))
 
     def body(total, chunk):
         x, labels, weights = chunk
@@ -52,9 +52,9 @@ def _forward(options: Options, x_MBCD, weight, labels_MBC, weights_MBC):
     wants_x, wants_weight = x_MBCD.perturbed, weight.perturbed
     # An empty array carries the dtype in which the weight's gradient is due.
     dtype = jnp.zeros((0,), weight.value.dtype)
-    V = weight.value.shape[1]
+    V = weight.value.shape[options.head.index("V")]
     x_MBCD = x_MBCD.value
-    weight = how.prepare(weight.value.astype(x_MBCD.dtype))
+    weight = how.prepare(options, weight.value.astype(x_MBCD.dtype))
 
     def body(carry, chunk):
         total, dweight = carry
@@ -70,7 +70,7 @@ def _forward(options: Options, x_MBCD, weight, labels_MBC, weights_MBC):
         (jnp.zeros((), jnp.float32), dweight),
         (x_MBCD, labels_MBC.value, weights_MBC.value),
     )
-    dweight = None if dweight is None else dweight[:, :V]
+    dweight = None if dweight is None else how.finish(options, dweight, V)
     return total, (dx_MBCD, dweight, dtype, losses_MBC, weights_MBC.value)
 
 

@@ -54,9 +54,16 @@ def obstacle(options: Options, width: int, dtype) -> str | None:
     return None
 
 
-def prepare(weight):
+def prepare(options: Options, weight):
     """[D, V] -> [D, V rounded up to 64]: TMA moves 64 columns at a time."""
+    weight = weight.T if options.transposed else weight
     return jnp.pad(weight, ((0, 0), (0, -weight.shape[1] % 64)))
+
+
+def finish(options: Options, dweight, vocab_size: int):
+    """Return the gradient of what `prepare` was given."""
+    dweight = dweight[:, :vocab_size]
+    return dweight.T if options.transposed else dweight
 
 
 def chunk_losses(options: Options, x, weight, labels, vocab_size: int):

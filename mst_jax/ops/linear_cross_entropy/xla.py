@@ -14,18 +14,32 @@ class Options:
     logit_softcap: float | None
     label_smoothing: float
     implementation: str
+    transposed: bool = False
+    """Whether the head is [V, D]."""
+
+    @property
+    def head(self) -> str:
+        """Its axes, for einsum."""
+        return "VD" if self.transposed else "DV"
 
 
-def prepare(weight):
+def prepare(options: Options, weight):
     """Return the head as the chunks take it."""
+    del options
     return weight
+
+
+def finish(options: Options, dweight, vocab_size: int):
+    """Return the gradient of what `prepare` was given."""
+    del options, vocab_size
+    return dweight
 
 
 def logits_and_losses(options: Options, x, weight, labels):
     """[B, C, D] -> f32 logits [B, C, V], lse, label logit and loss [B, C]."""
-    logits = jnp.einsum(
-        "BCD,DV->BCV", x, weight.astype(x.dtype), preferred_element_type=jnp.float32
-    )
+    weight = weight.astype(x.dtype)
+    spec = f"BCD,{options.head}->BCV"
+    logits = jnp.einsum(spec, x, weight, preferred_element_type=jnp.float32)
     if cap := options.logit_softcap:
         logits = cap * jnp.tanh(logits / cap)
     lse = jax.nn.logsumexp(logits, axis=-1)
@@ -62,9 +76,10 @@ def chunk_gradients(
         dlogits *= 1 - (logits / cap) ** 2
     dlogits = jnp.where(weights[..., None] == 0, 0, dlogits * weights[..., None])
     dlogits = dlogits.astype(x.dtype)
-    dx = jnp.einsum("BCV,DV->BCD", dlogits, weight) if wants_x else None
+    dx = None
+    if wants_x:
+        dx = jnp.einsum(f"BCV,{options.head}->BCD", dlogits, weight)
     if dweight is not None:
-        dweight += jnp.einsum(
-            "BCD,BCV->DV", x, dlogits, preferred_element_type=jnp.float32
-        )
+        spec = f"BCD,BCV->{options.head}"
+        dweight += jnp.einsum(spec, x, dlogits, preferred_element_type=jnp.float32)
     return losses, None if dx is None else dx.astype(x.dtype), dweight
