@@ -1,14 +1,16 @@
 """Time a whole step with XLA's products and with this package's kernels, in turn.
 
     python benchmarks/implementations.py --tokens 32768
+    python benchmarks/implementations.py --preset llama31_70b --layers 4
 
 One process, one state: the two compiled steps alternate, so that the GPU's temperature
 and power limit are the same for both. Their first steps start from the same weights
-and must have the same loss and gradient norm. Llama3-8B, SGD in the backward pass,
-batch 1, the step alone.
+and must have the same loss and gradient norm. SGD in the backward pass, batch 1, the
+step alone; `--layers` of a model whose whole is too large.
 """
 
 import argparse
+import dataclasses
 import math
 import time
 from typing import Any
@@ -54,11 +56,14 @@ def random_batch(model: ModelConfig, tokens: int) -> dict[str, jax.Array]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="llama3_8b", choices=list(PRESETS))
+    parser.add_argument("--layers", type=int, help="of the model; all if not given")
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--plan", default="save_attention")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     model = PRESETS[args.preset]
+    if args.layers is not None:
+        model = dataclasses.replace(model, num_layers=args.layers)
 
     def config(implementation: str) -> Config:
         return step_config(model, args.tokens, args.plan, implementation)
@@ -67,7 +72,11 @@ def main() -> None:
         return init_train_state(config("xla"), init_params(model, 0))
 
     ids = jax.ShapeDtypeStruct((1, 1, args.tokens), jnp.int32)
-    print(jax.devices()[0].device_kind, "JAX", jax.__version__, flush=True)
+    print(
+        f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, {args.preset}, "
+        f"{model.num_layers} layers, {args.tokens} tokens",
+        flush=True,
+    )
     steps = {}
     for name, chosen in (("xla", "xla"), ("kernels", "auto")):
         cfg = config(chosen)

@@ -1,6 +1,7 @@
 """The LM head's loss and the gated MLP beside their peers, on one GPU.
 
     python benchmarks/ops.py --out docs/benchmarks
+    python benchmarks/ops.py --preset llama31_70b --out docs/benchmarks
 
 Every row runs in a process of its own, so that each allocator's peak is its own:
 forward alone, forward + backward (ms, median), peak memory with inputs and gradients
@@ -294,13 +295,36 @@ def write(args, results: list[dict]) -> None:
     print("\n".join(lines))
 
 
+def fill_in_widths(args) -> None:
+    """Take the widths that were not given from the preset, or Llama3-8B's and others.
+
+    Raises:
+        SystemExit: no such preset.
+    """
+    widths = {"vocab": [32768, 131072, 262144], "ffn": [14336], "d_model": 4096}
+    if args.preset is not None:
+        from mst_jax.presets import PRESETS
+
+        if args.preset not in PRESETS:
+            raise SystemExit(f"no preset {args.preset!r}; there are {list(PRESETS)}")
+        model = PRESETS[args.preset]
+        widths = {
+            "vocab": [model.vocab_size], "ffn": [model.intermediate_size],
+            "d_model": model.hidden_size,
+        }  # fmt: skip
+    for name, default in widths.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
     parser.add_argument("--ops", nargs="*", default=["head", "mlp"])
-    parser.add_argument("--vocab", nargs="*", type=int, default=[32768, 131072, 262144])
-    parser.add_argument("--ffn", nargs="*", type=int, default=[14336])
-    parser.add_argument("--d-model", type=int, default=4096)
+    parser.add_argument("--preset", help="its widths, where none are given")
+    parser.add_argument("--vocab", nargs="*", type=int)
+    parser.add_argument("--ffn", nargs="*", type=int)
+    parser.add_argument("--d-model", type=int)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--rows", type=int, default=64, help="of the f64 reference")
     parser.add_argument("--repeats", type=int, default=10)
@@ -311,6 +335,7 @@ def main() -> None:
     if args.child:
         child(args.child)
         return
+    fill_in_widths(args)
     results = []
     for op in args.ops:
         for width in args.vocab if op == "head" else args.ffn:
