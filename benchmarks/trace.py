@@ -74,8 +74,9 @@ def trace_steps(args: argparse.Namespace, keep: Path) -> list[Path]:
             print(f"{tokens} tokens left out: no time", flush=True)
             continue
         cfg = step_config(
-            model, tokens, args.plan, args.implementation, head_groups=args.head_groups
-        )
+            model, tokens, args.plan, args.implementation,
+            head_groups=args.head_groups, command_buffers="off",
+        )  # fmt: skip
         if state is None:
             fresh = partial(init_train_state, cfg)
             state = jax.jit(lambda fresh=fresh: fresh(init_params(model, 0)))()
@@ -296,9 +297,9 @@ def _heading(args, about: dict) -> list[str]:
         "kernel's limit is the larger of its FLOPs' and its bytes'; bytes are operands "
         "read once and results written once, FLOPs those of the products (causal "
         "attention: half)",
-        "- ms: sums of kernels in one traced step, in which XLA launches kernels one "
-        "by one, without its CUDA graphs; `ms a step` is without the trace, the median "
-        "of two, until the loss is read",
+        "- ms: sums of kernels in one traced step, compiled without CUDA graphs, whose "
+        "kernels a trace cannot tell apart; `ms a step` is the same program without "
+        "the trace, the median of two, until the loss is read",
         "- a kernel fused from operations of several rows counts in one of them",
         "",
     ]

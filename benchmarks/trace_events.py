@@ -1,8 +1,8 @@
 """A GPU's trace joined with the program it ran: where a step's milliseconds go.
 
 An `.xplane.pb` has a plane `/device:GPU:0` with a line for each stream; XLA writes the
-instruction that launched a kernel into the event's `hlo_op`. While a profiler is
-active XLA launches its command buffers' kernels one by one, so that each has its own.
+instruction that launched a kernel into the event's `hlo_op`; for a kernel in a CUDA
+graph that is only the graph's number, so a step is traced without graphs.
 """
 
 import re
