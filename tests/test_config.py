@@ -1,6 +1,7 @@
 """Config: every bad value is named with its way out; round trips."""
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import re
@@ -20,7 +21,7 @@ def plain(name):
 
 
 USED = ("mst_jax.model_config", "mst_jax.presets")  # by config
-checked = {name: sys.modules[name] for name in USED}
+checked = {name: importlib.import_module(name) for name in USED}
 for name in USED:
     sys.modules[name] = plain(name.removeprefix("mst_jax."))
 config = plain("config")
