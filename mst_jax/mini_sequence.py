@@ -25,18 +25,23 @@ import jax.numpy as jnp
 
 CHUNK_BYTES = 2**31
 """Budget of one chunk's intermediates when no chunk size is given."""
+ROW_MULTIPLE = 8
+"""Rows that TMA, and so the Hopper kernels, take in multiples."""
 
 
 def split_length(length: int, chunk_size: int) -> tuple[int, int]:
-    """Split `length` tokens into (M, C): M = ceil(length / chunk_size) equal chunks.
+    """Split `length` tokens into (M, C): M = ceil(length / chunk_size) even chunks.
 
-    M * C - length is the number of pad rows, below M: the fewest that make the chunks
-    equal.
+    Of several chunks C is rounded up to a multiple of 8, which the Hopper kernels need,
+    unless that is more than `chunk_size`: 4096 in chunks of at most 1000 are 4 of 824
+    and one of 800. M * C - length, below C, is what the last chunk lacks.
     """
     if chunk_size < 1:
         raise ValueError(f"{chunk_size=} must be at least 1 token")
     num_chunks = max(1, -(-length // chunk_size))
-    return num_chunks, -(-length // num_chunks)
+    size = -(-length // num_chunks)
+    rounded = -(-size // ROW_MULTIPLE) * ROW_MULTIPLE
+    return num_chunks, rounded if num_chunks > 1 and rounded <= chunk_size else size
 
 
 def auto_chunk_size(token_bytes: int) -> int:
@@ -274,7 +279,7 @@ def for_chunks(
         carry: pytree of arrays.
 
     Returns:
-        The last carry. Chunks are equal where T allows it; else the last is shorter.
+        The last carry. Chunks are those of `split_length`, the last one may be shorter.
     """
     size, rest = loop_chunks(length, chunk_size)
     whole = length // size

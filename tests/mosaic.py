@@ -33,6 +33,16 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+def jit_reference(fn, **options):
+    """Jit a reference in f32: on a GPU its matrix products are cuBLAS's.
+
+    XLA would time every Triton kernel that it could write for each of them instead.
+    """
+    if ON_GPU:
+        options["compiler_options"] = {"xla_gpu_enable_triton_gemm": False}
+    return jax.jit(fn, **options)
+
+
 @contextmanager
 def interpreted():
     """Run kernels as they are on a GPU, in the interpreter elsewhere.

@@ -128,9 +128,25 @@ def test_sum_over_ragged_chunks():
 
 
 def test_split_is_balanced():
-    assert split_length(300, 64) == (5, 60)
-    assert split_length(257, 256) == (2, 129)
+    assert split_length(300, 64) == (5, 64)
+    assert split_length(257, 256) == (2, 136)
+    assert split_length(4096, 1000) == (5, 824)
+    assert split_length(4096, 1024) == (4, 1024)
     assert split_length(1, 64) == (1, 1)
+    assert split_length(60, 64) == (1, 60)  # one chunk is not padded
+
+
+def test_split_is_never_above_the_asked_size_and_of_8_rows_where_it_can_be():
+    for length in range(1, 200):
+        for chunk_size in range(1, 70):
+            M, C = split_length(length, chunk_size)
+            assert M == -(-length // chunk_size)
+            assert C <= chunk_size and (M - 1) * C < length <= M * C
+            even = -(-length // M)
+            if M == 1 or -(-even // 8) * 8 > chunk_size:
+                assert C == even
+            else:
+                assert C % 8 == 0 and C - even < 8
 
 
 @pytest.mark.parametrize(
@@ -138,7 +154,9 @@ def test_split_is_balanced():
     [
         (12, 4, {4}),
         (10, 4, {4, 2}),  # equal chunks and a rest
-        (300, 64, {60}),  # balanced: five of 60, not four of 64 and one of 44
+        (300, 75, {75}),  # 80 would be more than was asked for
+        (300, 80, {80, 60}),  # even chunks of 75, rounded up to a multiple of 8
+        (300, 140, {104, 92}),  # balanced: not two of 140 and one of 20
         (7, 2, {2, 1}),
         (9, 5, {5, 4}),  # one whole chunk: no loop
         (8, 8, {8}),
