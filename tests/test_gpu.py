@@ -326,7 +326,7 @@ def test_training_gradients_equal_the_plain_models(head_groups):
         want = jax.tree.leaves(plain(wide, "xla"))
     del wide
     theirs = errors(jax.tree.leaves(plain(params, None)), want)
-    chunks = {"mlp_chunk_size": MODEL_LENGTH // 8 + 3, "loss_chunk_size": 1000}
+    chunks = {"mlp_chunk_size": 600, "loss_chunk_size": 1000}  # neither divides it
     for plan in ("full", "save_attention", "offload_attention"):
         train = step_config(plan, head_groups=head_groups, **chunks)
         fn = jax.jit(make_gradients(train, cfg, make_mesh(train.mesh)))
