@@ -32,15 +32,21 @@ from mst_jax.train_step import init_train_state, make_train_step
 
 
 def step_config(
-    model: ModelConfig, tokens: int, plan: str, implementation: str, **train: Any
+    model: ModelConfig,
+    tokens: int,
+    plan: str,
+    implementation: str = "auto",
+    *,
+    in_backward: bool = True,
+    **train: Any,
 ) -> Config:
-    """Return the configuration of the step: SGD in the backward pass, batch 1."""
+    """Return the configuration of the step: SGD, in the backward pass, batch 1."""
     return Config(
         model=model,
         data=DataConfig(seq_len=tokens, batch_size=1, tokenizer="none", packing=False),
         optim=OptimConfig(
             name="sgd", param_dtype="bfloat16", warmup_steps=0, clip_norm=None,
-            in_backward=True, learning_rate=1e-2,
+            in_backward=in_backward, learning_rate=1e-2,
         ),
         train=TrainConfig(plan=plan, implementation=implementation, **train),
     )  # fmt: skip

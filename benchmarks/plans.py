@@ -34,30 +34,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def run(name: str, preset: str, tokens: int, steps: int) -> dict[str, Any]:
     """Compile and time one variant; seconds are the median after the first step."""
     import jax
-    import jax.numpy as jnp
+    from implementations import random_batch, step_config
 
-    from mst_jax.config import PRESETS, Config, DataConfig, OptimConfig, TrainConfig
+    from mst_jax.config import PRESETS
     from mst_jax.model import init_params
     from mst_jax.sharding import make_mesh
     from mst_jax.train_step import init_train_state, make_train_step
 
     model = PRESETS[preset]
-    options = dict(VARIANTS[name])
-    optim = OptimConfig(
-        name="sgd", param_dtype="bfloat16", warmup_steps=0, clip_norm=None,
-        in_backward=options.pop("in_backward", True), learning_rate=1e-2,
-    )  # fmt: skip
-    cfg = Config(
-        model=model,
-        data=DataConfig(seq_len=tokens, batch_size=1, tokenizer="none"),
-        optim=optim,
-        train=TrainConfig(**options),
-    )
+    cfg = step_config(model, tokens, **VARIANTS[name])
     state = jax.jit(lambda: init_train_state(cfg, init_params(model, 0)))()
-    ids = jax.random.randint(
-        jax.random.key(0), (1, 1, tokens), 0, min(1000, model.vocab_size)
-    )
-    batch = {"tokens": ids, "labels": jnp.roll(ids, -1, -1)}
+    batch = random_batch(model, tokens)
     step = make_train_step(cfg, model, make_mesh(cfg.mesh))
     compiled = step.lower(state, batch).compile()
     memory = compiled.memory_analysis()

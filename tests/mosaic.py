@@ -70,21 +70,23 @@ def interpreted():
         yield
 
 
+@jax.jit
+def norms(got, want):
+    """Return the norms of the difference and of `want`, in f32 on the device."""
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    return jnp.linalg.norm((got - want).ravel()), jnp.linalg.norm(want.ravel())
+
+
 def errors(got, want):
     """Return the relative error of each leaf, of the norms; in f64 but on a GPU.
 
     There it is f32 on the device: an LM head's gradient would take the host minutes.
     """
 
-    @jax.jit
-    def on_device(a, b):
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        norm = jnp.linalg.norm(b.ravel())
-        return jnp.linalg.norm((a - b).ravel()) / jnp.where(norm > 0, norm, 1)
-
     def error(a, b):
         if jax.default_backend() == "gpu":
-            return float(on_device(a, b))
+            difference, norm = map(float, norms(a, b))
+            return difference / (norm or 1)
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         return np.linalg.norm(a - b) / (np.linalg.norm(b) or 1)
 
