@@ -9,6 +9,7 @@ first. Prints one JSON line a variant.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import time
@@ -31,17 +32,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(name: str, preset: str, tokens: int, steps: int) -> dict[str, Any]:
+def run(name: str, model: Any, tokens: int, steps: int) -> dict[str, Any]:
     """Compile and time one variant; seconds are the median after the first step."""
     import jax
     from implementations import random_batch, step_config
 
-    from mst_jax.config import PRESETS
     from mst_jax.model import init_params
     from mst_jax.sharding import make_mesh
     from mst_jax.train_step import init_train_state, make_train_step
 
-    model = PRESETS[preset]
     cfg = step_config(model, tokens, **VARIANTS[name])
     state = jax.jit(lambda: init_train_state(cfg, init_params(model, 0)))()
     batch = random_batch(model, tokens)
@@ -70,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("variants", nargs="*", default=list(VARIANTS))
     parser.add_argument("--preset", default="llama3_8b")
+    parser.add_argument("--layers", type=int, help="of the model; all if not given")
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--steps", type=int, default=2)
     args = parser.parse_args()
@@ -77,8 +77,12 @@ def main() -> None:
         raise SystemExit(f"no variants {sorted(unknown)}; there are {list(VARIANTS)}")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "100")
+    from mst_jax.config import PRESETS
+
+    model = PRESETS[args.preset]
+    model = dataclasses.replace(model, num_layers=args.layers or model.num_layers)
     for name in args.variants:
-        print(json.dumps(run(name, args.preset, args.tokens, args.steps)), flush=True)
+        print(json.dumps(run(name, model, args.tokens, args.steps)), flush=True)
 
 
 if __name__ == "__main__":

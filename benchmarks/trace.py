@@ -62,7 +62,8 @@ def trace_steps(args: argparse.Namespace, keep: Path) -> list[Path]:
         "bandwidth_is": "given" if args.bandwidth else "a copy of 2 bytes an element, "
         "read + write, measured in this run before the steps",
         "preset": args.preset, "layers": model.num_layers, "plan": args.plan,
-        "head_groups": args.head_groups, "implementation": args.implementation,
+        "head_groups": args.head_groups, "prefetch": args.prefetch,
+        "implementation": args.implementation,
         "versions": versions(), "command": f"python {' '.join(sys.argv)}",
     }  # fmt: skip
     print(json.dumps(about), flush=True)
@@ -75,7 +76,8 @@ def trace_steps(args: argparse.Namespace, keep: Path) -> list[Path]:
             continue
         cfg = step_config(
             model, tokens, args.plan, args.implementation,
-            head_groups=args.head_groups, command_buffers="off",
+            head_groups=args.head_groups, prefetch=args.prefetch,
+            command_buffers="off",
         )  # fmt: skip
         if state is None:
             fresh = partial(init_train_state, cfg)
@@ -338,6 +340,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="instead of the preset's")
     parser.add_argument("--plan", default="save_attention")
     parser.add_argument("--head-groups", type=int, default=1)
+    parser.add_argument("--prefetch", action="store_true")
     parser.add_argument(
         "--implementation", default="auto", help="auto, xla, mosaic_gpu"
     )

@@ -140,20 +140,30 @@ def _reversed(body, state, start, layers, every, residuals, ahead=frozenset()):
             if name in names
         }
 
+    def compute(state, i, own):
+        own |= fetch(residuals.keys() - ahead, i)
+        return body(state, start + i * every, own)
+
+    if not ahead:
+        return jax.lax.fori_loop(
+            0, count, lambda t, state: compute(state, count - 1 - t, {}), state
+        )
+
     def step(t, carry):
         state, own = carry
         i = count - 1 - t
-        following = fetch(ahead, jnp.maximum(i - 1, 0))
-        own |= fetch(residuals.keys() - ahead, i)
-        return body(state, start + i * every, own), following
+        # Linear in t and never out of range: else XLA reads the host's memory with a
+        # kernel, which slows the others down.
+        following = fetch(ahead, i - 1)
+        return compute(state, i, own), following
 
-    if not ahead:
-        return jax.lax.fori_loop(0, count, step, (state, {}))[0]
     # The first layer's wait for dx: the head's own peak is before it.
     dx, carry = state
-    dx, last = jax.lax.optimization_barrier((dx, jnp.int32(count - 1)))
+    dx, last, one = jax.lax.optimization_barrier((dx, jnp.int32(count - 1), 1))
     first = (dx, carry), fetch(ahead, last)
-    return jax.lax.fori_loop(0, count, step, first)[0]
+    state, own = jax.lax.fori_loop(0, count - 1, step, first)
+    # A loop of one turn that XLA does not know: outside one it takes more memory.
+    return jax.lax.fori_loop(0, one, lambda _, state: compute(state, 0, own), state)
 
 
 def _arrays(names: Collection[str]) -> frozenset[str]:

@@ -215,8 +215,10 @@ def make_train_step(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...
         return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics
 
     # XLA's own rematerialization counts arrays in host memory as the device's, and then
-    # computes matrix products twice.
-    options = {"xla_disable_hlo_passes": "rematerialization"}
+    # computes matrix products twice. Its asynchronous copies within the device share
+    # streams with those to and from the host, and then wait for them.
+    passes = "rematerialization,dynamic-slice-copy-fusion-async-wrapper"
+    options = {"xla_disable_hlo_passes": passes}
     options |= COMMAND_BUFFERS[cfg.train.command_buffers]
     return jax.jit(step, donate_argnums=0, compiler_options=options)
 
