@@ -10,13 +10,12 @@ cuDNN; a document longer than a row is cut. For more than the device holds, let 
 inputs go to host memory: `--train.host-memory 100GiB --data.seq-len 393216`; `mst-jax
 plan` says what fits before you have the GPU.
 
-Measured on an H200, 2026-11-24, with SGD in AdamW's place: 4906 tokens/s, 55.8 GiB with
-attention saved; 4250 tokens/s, 23.5 GiB with the inputs on the host
-(docs/benchmarks/plans-2026-11-24.md); from a Hugging Face checkpoint through this
-recipe with the update after the backward pass 5009 tokens/s, 68.8 GiB
-(docs/benchmarks/step-2026-11-24-b.md). With AdamW one step of 393,216 tokens
-was run on an H100 of 80 GB (docs/benchmarks/max_seq_len-2026-11-25-h100.md); other
-lengths were compiled (docs/benchmarks/max_seq_len-2026-11-25.md).
+Measured on an H200 with SGD in AdamW's place, from a Hugging Face checkpoint: 5047
+tokens/s, 53.9 GiB with attention saved (docs/benchmarks/step-2026-11-25.md); with the
+inputs on the host the step alone 4250 tokens/s, 23.5 GiB, before the kernels
+(docs/benchmarks/plans-2026-11-24.md). With AdamW one step of 393,216 tokens was run on
+an H100 of 80 GB (docs/benchmarks/max_seq_len-2026-11-25-h100.md); other lengths were
+compiled (docs/benchmarks/max_seq_len-2026-11-25.md).
 """
 
 from mst_jax.config import Config, DataConfig, OptimConfig, TrainConfig
