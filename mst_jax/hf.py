@@ -5,21 +5,23 @@ One table holds every name, read in both directions. HF stores a projection as
 
     layers/mlp/w_up [L, D, F]  =  stack(model.layers.{layer}.mlp.up_proj.weight.T)
 
-HF's half-split RoPE is ours, so no row is permuted. Loading holds one stacked parameter
-on the host (of it, the shards of this host's devices), exporting one file.
+HF's half-split RoPE is ours, so no row is permuted. Devices transpose. Loading holds a
+few pieces of 32 MiB on the host, exporting one file.
 """
 
-import contextlib
 import json
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax  # registers bfloat16 with numpy
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import snapshot_download
@@ -53,9 +55,9 @@ _TABLE = tuple(_Name(*row) for row in (
     ("final_norm/scale", "model.norm.weight", "D", False),
     ("lm_head/kernel", "lm_head.weight", "D V", True),
 ))  # fmt: skip
-_FLOATS = ("F64", "F32", "F16", "BF16")
-_ROWS = 64  # of one read: a tile of the transposed copy that stays in cache
-_TASK_ROWS = 1024  # of one thread's task
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_PIECE = 2**25  # bytes of one read
+_AHEAD = 8  # pieces that are read before they are needed
 _COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "tokenizer.model", "generation_config.json", "chat_template.jinja",
@@ -138,33 +140,53 @@ def _weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def _open(files: list[Path], stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Return a lazy slice of every tensor, by HF name."""
-    slices = {}
+class _Tensor(NamedTuple):
+    file: Path
+    offset: int  # of its first byte
+    dtype: str  # as safetensors names it
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * np.dtype(_DTYPES[self.dtype]).itemsize
+
+
+def _tensors_of(files: list[Path]) -> dict[str, _Tensor]:
+    """Return where every tensor is, by HF name."""
+    found = {}
     for path in files:
         try:
-            file = stack.enter_context(safe_open(path, framework="np"))
+            with safe_open(path, framework="np"):  # checks the header and the size
+                pass
         except SafetensorError as error:
             raise ValueError(
                 f"{path} is not a whole safetensors file ({path.stat().st_size} bytes, "
                 f"{error}): download it again"
             ) from error
-        slices |= {key: file.get_slice(key) for key in file.keys()}
-    return slices
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        for name, entry in sorted(header.items()):
+            if name != "__metadata__":
+                first = 8 + size + entry["data_offsets"][0]
+                found[name] = _Tensor(
+                    path, first, entry["dtype"], tuple(entry["shape"])
+                )
+    return found
 
 
-def _check(slices: dict[str, Any], cfg: ModelConfig, directory: Path) -> None:
+def _check(found: dict[str, _Tensor], cfg: ModelConfig, directory: Path) -> None:
     expected = {hf: shape for hf, _, _, shape in _tensors(cfg)}
-    problems = [f"missing: {hf}" for hf in expected if hf not in slices]
-    for hf, tensor in slices.items():
+    problems = [f"missing: {hf}" for hf in expected if hf not in found]
+    for hf, tensor in found.items():
         if hf not in expected:
             tied = cfg.tie_embeddings and hf == "lm_head.weight"
             if not (tied or hf.endswith("rotary_emb.inv_freq")):
                 problems.append(f"unexpected: {hf}")
-        elif (shape := tuple(tensor.get_shape())) != expected[hf]:
-            problems.append(f"misshaped: {hf} is {shape}, not {expected[hf]}")
-        elif tensor.get_dtype() not in _FLOATS:
-            problems.append(f"quantized: {hf} is {tensor.get_dtype()}, not a float")
+        elif tensor.shape != expected[hf]:
+            problems.append(f"misshaped: {hf} is {tensor.shape}, not {expected[hf]}")
+        elif tensor.dtype not in _DTYPES:
+            problems.append(f"quantized: {hf} is {tensor.dtype}, not a float")
     if problems:
         raise ValueError(
             f"{directory} does not hold the model of the config, "
@@ -172,45 +194,57 @@ def _check(slices: dict[str, Any], cfg: ModelConfig, directory: Path) -> None:
         )
 
 
-def _copy_rows(out: np.ndarray, source: Any, index: tuple, dtype: np.dtype) -> None:
-    """Write source[index] as `dtype` into `out`, a view of bits in source's layout."""
-    # Bits are moved as integers: numpy's strided copy of bfloat16 is twice as slow.
-    # Whole-matrix transposes are four times as slow as 64 rows at a time.
-    first, last = index[0].start, index[0].stop
-    for start in range(first, last, _ROWS):
-        stop = min(start + _ROWS, last)
-        tile = np.asarray(source[(slice(start, stop), *index[1:])])
-        bits = tile.astype(dtype, copy=False).view(out.dtype)
-        out[start - first : stop - first] = bits
+class _Piece(NamedTuple):
+    """Rows of one HF tensor, for those of this host's devices that hold them."""
+
+    name: _Name
+    tensor: _Tensor
+    rows: tuple[int, int]
+    columns: dict[Any, slice]  # of a vector none
+    start: tuple[int, ...]  # in each device's shard of our leaf
 
 
-def _bits(array: np.ndarray, transposed: bool) -> np.ndarray:
-    view = array.view(f"u{array.itemsize}")
-    return view.swapaxes(-1, -2) if transposed else view
-
-
-def _read(
-    slices: dict[str, Any], name: _Name, index: tuple[slice, ...],
-    dtype: np.dtype, pool: ThreadPoolExecutor,
-) -> np.ndarray:  # fmt: skip
-    """Read `index`, slices with start and stop, of one of our leaves."""
-    out = np.empty([s.stop - s.start for s in index], dtype)
+def _pieces(
+    name: _Name, shape: tuple, found: dict[str, _Tensor], indices: Any
+) -> Iterator[_Piece]:
+    """Cut what devices hold of one of our leaves, by `indices`, into pieces."""
     stacked = "{layer}" in name.hf
-    layers = range(index[0].start, index[0].stop) if stacked else (None,)
-    rows, *columns = index[stacked:][:: -1 if name.transposed else 1]
-    bits = _bits(out, name.transposed)
+    groups: dict[tuple, dict[Any, slice]] = {}  # the same rows are read once
+    for device, index in indices.items():
+        ends = [slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True)]
+        layers = range(ends[0].start, ends[0].stop) if stacked else (None,)
+        rows, *columns = ends[stacked:][:: -1 if name.transposed else 1]
+        group = groups.setdefault((tuple(layers), rows.start, rows.stop), {})
+        group[device] = columns[0] if columns else slice(None)
+    for (layers, low, high), columns in groups.items():
+        for i, layer in enumerate(layers):
+            tensor = found[name.hf.format(layer=layer)]
+            count = math.ceil((high - low) * tensor.row_bytes / _PIECE)
+            step = math.ceil((high - low) / count)
+            for first in range(low, high, step):
+                at = [first - low, *[0] * (len(tensor.shape) - 1)]
+                at = [i] * stacked + at[:: -1 if name.transposed else 1]
+                rows = first, min(first + step, high)
+                yield _Piece(name, tensor, rows, columns, tuple(at))
 
-    def task(args: tuple[np.ndarray, int | None, int]) -> None:
-        view, layer, first = args
-        last = min(first + _TASK_ROWS, rows.stop)
-        view = view[first - rows.start : last - rows.start]
-        tensor = slices[name.hf.format(layer=layer)]
-        _copy_rows(view, tensor, (slice(first, last), *columns), dtype)
 
-    starts = range(rows.start, rows.stop, _TASK_ROWS)
-    pairs = zip(bits if stacked else bits[None], layers, strict=True)
-    list(pool.map(task, ((view, n, s) for view, n in pairs for s in starts)))
-    return out
+def _read(tensor: _Tensor, rows: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+    stored = np.dtype(_DTYPES[tensor.dtype])
+    bits = np.dtype(f"u{stored.itemsize}")  # numpy reads no bfloat16
+    count = (rows[1] - rows[0]) * tensor.row_bytes // stored.itemsize
+    offset = tensor.offset + rows[0] * tensor.row_bytes
+    read = np.fromfile(tensor.file, bits, count, offset=offset).view(stored)
+    read = read.astype(dtype) if stored == np.float64 else read  # devices have none
+    return read.reshape(-1, *tensor.shape[1:])
+
+
+@partial(jax.jit, donate_argnums=0, static_argnames="transposed")
+def _place(shard: jax.Array, piece: jax.Array, start: Any, *, transposed: bool):
+    """Write a piece, in HF's layout, into a device's shard of our leaf."""
+    piece = piece.astype(shard.dtype)
+    piece = piece.T if transposed else piece
+    piece = piece.reshape((1,) * (shard.ndim - piece.ndim) + piece.shape)
+    return jax.lax.dynamic_update_slice(shard, piece, start)
 
 
 def load_params(
@@ -220,7 +254,9 @@ def load_params(
     dtype: Any,
     shardings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Read params from safetensors, each device's shards only, cast on the host.
+    """Read params from safetensors, each device's shards only.
+
+    Files are read ahead of the devices, which cast and transpose.
 
     Args:
         directory: holds model.safetensors, or its index and files.
@@ -246,25 +282,43 @@ def load_params(
     if wrong := placed.keys() ^ {name.path for name, _ in _names(cfg)}:
         raise ValueError(f"shardings and params differ in {sorted(wrong)}")
 
-    def place(name: _Name, shape: tuple[int, ...]) -> jax.Array:
-        done: dict[tuple, np.ndarray] = {}  # replicas are read once
+    found = _tensors_of(_weight_files(directory))
+    _check(found, cfg, directory)
+    shards: dict[str, dict[Any, jax.Array]] = {}
+    reads: deque[tuple[_Piece, Future]] = deque()
+    sent: deque[jax.Array] = deque()
 
-        def read(index: Any) -> np.ndarray:
-            ends = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-            if ends not in done:
-                whole = tuple(slice(*end) for end in ends)
-                done[ends] = _read(slices, name, whole, dtype, pool)
-            return done[ends]
+    def send(piece: _Piece, rows: np.ndarray) -> None:
+        mine = shards[piece.name.path]
+        for device, columns in piece.columns.items():
+            part = rows if rows.ndim == 1 else rows[:, columns]
+            sent.append(jax.device_put(part, device))
+            mine[device] = _place(
+                mine[device], sent[-1], piece.start, transposed=piece.name.transposed
+            )
+        while len(sent) > _AHEAD * len(piece.columns):  # or the host would fill
+            sent.popleft().block_until_ready()
 
-        array = jax.make_array_from_callback(shape, placed[name.path], read)
-        return array.block_until_ready()  # the next read must find the host empty
-
-    with contextlib.ExitStack() as stack:
-        slices = _open(_weight_files(directory), stack)
-        _check(slices, cfg, directory)
-        workers = min(16, os.cpu_count() or 1)
-        pool = stack.enter_context(ThreadPoolExecutor(workers))
-        leaves = {name.path: place(name, shape) for name, shape in _names(cfg)}
+    with ThreadPoolExecutor(_AHEAD) as pool:
+        for name, shape in _names(cfg):
+            sharding = placed[name.path]
+            indices = sharding.addressable_devices_indices_map(shape)
+            local = sharding.shard_shape(shape)
+            shards[name.path] = {d: jnp.zeros(local, dtype, device=d) for d in indices}
+            for piece in _pieces(name, shape, found, indices):
+                read = pool.submit(_read, piece.tensor, piece.rows, dtype)
+                reads.append((piece, read))
+                if len(reads) > _AHEAD:
+                    first, read = reads.popleft()
+                    send(first, read.result())
+        for first, read in reads:
+            send(first, read.result())
+    leaves = {
+        name.path: jax.make_array_from_single_device_arrays(
+            shape, placed[name.path], list(shards[name.path].values())
+        )
+        for name, shape in _names(cfg)
+    }
     return unflatten_dict(leaves, sep="/")
 
 
@@ -330,12 +384,11 @@ def _tensor(param: Any, layer: int | None, transposed: bool, dtype: Any) -> np.n
         param = jax.lax.dynamic_index_in_dim(param, layer, keepdims=False)
     elif layer is not None:
         param = param[layer]
-    param = np.asarray(param)
-    if not transposed:
-        return np.ascontiguousarray(param, dtype)
-    out = np.empty(param.shape[::-1], dtype)
-    _copy_rows(_bits(out, True), param, (slice(0, len(param)),), np.dtype(dtype))
-    return out
+    if transposed and isinstance(param, jax.Array):
+        param = param.astype(dtype).T  # on the device
+    elif transposed:
+        param = param.T
+    return np.ascontiguousarray(param, dtype)
 
 
 def export_hf(

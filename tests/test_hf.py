@@ -173,6 +173,8 @@ def test_dtypes_are_cast_on_the_way(tmp_path):
     hf.export_hf(params, CFG, tmp_path / "bf16", dtype=jnp.bfloat16)
     assert_equal(hf.load_params(tmp_path / "f32", CFG, dtype="bfloat16"), narrow)
     assert_equal(hf.load_params(tmp_path / "bf16", CFG, dtype="bfloat16"), narrow)
+    hf.export_hf(params, CFG, tmp_path / "f64", dtype=np.float64)
+    assert_equal(hf.load_params(tmp_path / "f64", CFG, dtype="bfloat16"), narrow)
     names = [json.loads((tmp_path / n / "config.json").read_text())["dtype"]
              for n in ("f32", "bf16")]  # fmt: skip
     assert names == ["float32", "bfloat16"]
@@ -200,9 +202,12 @@ def test_sharded_load_equals_unsharded(source, shape, monkeypatch):
         )
     shardings["layers"]["mlp"]["w_up"] = NamedSharding(mesh, P(None, "fsdp", None))
     reads, read = [], hf._read
-    monkeypatch.setattr(hf, "_read", lambda *a: reads.append(a[1].path) or read(*a))
+    monkeypatch.setattr(hf, "_read", lambda *a: reads.append(a[:2]) or read(*a))
     params = hf.load_params(source, cfg, dtype="float32", shardings=shardings)
-    assert reads.count("layers/mlp/w_up") == shape[-1]  # replicas are read once
+    # Every byte once: for replicas, and for shards that split the file's columns.
+    size = sum(t.row_bytes * (stop - start) for t, (start, stop) in reads)
+    assert size == sum(p.nbytes for p in jax.tree.leaves(params))
+    assert len(set(reads)) == len(reads)
     assert params["layers"]["mlp"]["w_up"].sharding.shard_shape((3, 32, 80))[1] < 32
     plain = hf.load_params(source, cfg, dtype="float32")
     assert {d for x in jax.tree.leaves(plain) for d in x.devices()} == {
@@ -212,7 +217,8 @@ def test_sharded_load_equals_unsharded(source, shape, monkeypatch):
     jax.tree.map(lambda x, s: x.sharding == s or pytest.fail(), params, shardings)
 
 
-def test_stack_split_over_layers_and_many_tiles(tmp_path):
+def test_stack_split_over_layers_and_many_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "_PIECE", 3000)  # bytes; a row of w_down's file has 544
     cfg = dataclasses.replace(CFG, num_layers=8, vocab_size=2500, intermediate_size=136)
     params = random_params(cfg)
     hf.export_hf(params, cfg, tmp_path / "out", max_shard_bytes=100_000)
