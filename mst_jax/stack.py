@@ -1,10 +1,14 @@
 """The stacked layers, forward and backward, under a residual plan.
 
-Forward, a scan stacks what the plan keeps of each layer. Backward, a loop runs the
+Forward, a loop stacks what the plan keeps of each layer. Backward, a loop runs the
 layers in reverse and hands each layer's gradients to `consume`, which stores them (the
 ordinary step) or updates that layer's weights at once (the optimizer in the backward
 pass: no whole gradient is ever held). Weights are read through `weights_at`, so both
 may live in the loop's carry and change in place.
+
+Layers are indexed by the loops' own counters: from an index that is linear in them XLA
+knows where a slice lies. Kernels then read weights in their stack, and slices in host
+memory are copied by DMA; from any other index they are copied, and by a kernel.
 """
 
 from collections.abc import Callable, Collection
@@ -40,41 +44,62 @@ def stack_forward(
         ctx: what the layers share.
 
     Returns:
-        (y, what each group keeps: arrays [layers / every, ...] by name).
+        (y, what each group keeps: arrays [layers / every, ...] by name, those that are
+        fetched ahead with an empty entry in front).
     """
     kept, start = [], 0
     for group in plan.groups:
-        if group.every == 1:
-            run = _layers(weights_at, x, ctx, start, group)
-        else:
-            run = _blocks(weights_at, x, ctx, start, group)
-        x, residuals = run
+        run = _layers if group.every == 1 else _blocks
+        x, residuals = run(weights_at, x, ctx, start, group, _ahead(plan, group))
         kept.append(residuals)
         start += group.layers
     return x, kept
 
 
-def _layers(weights_at, x, ctx, start, group):
-    offloaded = _arrays(group.offload)
+def _layers(weights_at, x, ctx, start, group, ahead=frozenset()):
+    def run(i, x):
+        return layer_forward(weights_at(start + i), x, ctx, group.kept)
 
-    def body(x, i):
-        y, kept = layer_forward(weights_at(i), x, ctx, group.kept)
-        return y, {n: _to_host(a) if n in offloaded else a for n, a in kept.items()}
-
-    return jax.lax.scan(body, x, start + jnp.arange(group.layers))
+    return _stacked(run, x, group.layers, _arrays(group.offload), ahead)
 
 
-def _blocks(weights_at, x, ctx, start, group):
+def _blocks(weights_at, x, ctx, start, group, ahead):
     """Keep the input of every k-th layer only."""
 
     def one(i, x):
         return layer_forward(weights_at(i), x, ctx)[0]
 
-    def body(x, first):
-        y = jax.lax.fori_loop(first, first + group.every, one, x)
-        return y, {"input": _to_host(x) if "input" in group.offload else x}
+    def run(i, x):
+        first = start + i * group.every
+        return jax.lax.fori_loop(first, first + group.every, one, x), {"input": x}
 
-    return jax.lax.scan(body, x, start + jnp.arange(0, group.layers, group.every))
+    count = group.layers // group.every
+    return _stacked(run, x, count, _arrays(group.offload), ahead)
+
+
+def _stacked(run, x, count, offloaded, ahead):
+    """Fold run(i, x) -> (x, kept) and stack what it keeps.
+
+    `jax.lax.scan` would fill the stacks with zeros and index the layers by an array.
+    """
+
+    def empty(name, a):
+        stack = jax.lax.empty((count + (name in ahead), *a.shape), a.dtype)
+        return _to_host(stack) if name in offloaded else stack
+
+    def step(i, carry):
+        x, stacks = carry
+        x, kept = run(i, x)
+        for name, a in kept.items():
+            a = _to_host(a) if name in offloaded else a
+            slot = i + (name in ahead)
+            stack = jax.lax.dynamic_update_index_in_dim(stacks[name], a, slot, 0)
+            stacks[name] = stack
+        return x, stacks
+
+    kept = jax.eval_shape(run, 0, x)[1]
+    stacks = {name: empty(name, a) for name, a in kept.items()}
+    return jax.lax.fori_loop(0, count, step, (x, stacks))
 
 
 def stack_backward(
@@ -118,10 +143,10 @@ def stack_backward(
     for group, residuals in zip(plan.groups[::-1], kept[::-1], strict=True):
         start -= group.layers
         body = one_layer if group.every == 1 else partial(one_block, group)
-        ahead = _arrays(group.offload) if plan.prefetch else frozenset()
         state = _reversed(
-            body, state, start, group.layers, group.every, residuals, ahead
-        )
+            body, state, start, group.layers, group.every, residuals,
+            _ahead(plan, group),
+        )  # fmt: skip
     return state
 
 
@@ -140,30 +165,24 @@ def _reversed(body, state, start, layers, every, residuals, ahead=frozenset()):
             if name in names
         }
 
-    def compute(state, i, own):
-        own |= fetch(residuals.keys() - ahead, i)
-        return body(state, start + i * every, own)
-
-    if not ahead:
-        return jax.lax.fori_loop(
-            0, count, lambda t, state: compute(state, count - 1 - t, {}), state
-        )
-
     def step(t, carry):
         state, own = carry
         i = count - 1 - t
-        # Linear in t and never out of range: else XLA reads the host's memory with a
-        # kernel, which slows the others down.
-        following = fetch(ahead, i - 1)
-        return compute(state, i, own), following
+        following = fetch(ahead, i)  # those of i - 1: an empty entry is in front
+        own |= fetch(residuals.keys() - ahead, i)
+        return body(state, start + i * every, own), following
 
+    if not ahead:
+        return jax.lax.fori_loop(0, count, step, (state, {}))[0]
     # The first layer's wait for dx: the head's own peak is before it.
     dx, carry = state
-    dx, last, one = jax.lax.optimization_barrier((dx, jnp.int32(count - 1), 1))
+    dx, last = jax.lax.optimization_barrier((dx, jnp.int32(count)))
     first = (dx, carry), fetch(ahead, last)
-    state, own = jax.lax.fori_loop(0, count - 1, step, first)
-    # A loop of one turn that XLA does not know: outside one it takes more memory.
-    return jax.lax.fori_loop(0, one, lambda _, state: compute(state, 0, own), state)
+    return jax.lax.fori_loop(0, count, step, first)[0]
+
+
+def _ahead(plan: Plan, group: LayerGroup) -> frozenset[str]:
+    return _arrays(group.offload) if plan.prefetch else frozenset()
 
 
 def _arrays(names: Collection[str]) -> frozenset[str]:

@@ -132,8 +132,11 @@ class StepMemory:
     @property
     def host_residuals(self) -> int:
         """Bytes of residuals in host memory."""
-        groups = self.plan.groups
-        return sum(g.layers // g.every * self.kept_bytes(g.offload) for g in groups)
+        # What is fetched ahead has an empty entry in front of the first layer's.
+        front, groups = self.plan.prefetch, self.plan.groups
+        return sum(
+            (g.layers // g.every + front) * self.kept_bytes(g.offload) for g in groups
+        )
 
     def phases(self) -> dict[str, dict[str, int]]:
         """Return the largest instance of each phase."""
