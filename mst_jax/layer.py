@@ -24,7 +24,12 @@ import jax
 import jax.numpy as jnp
 
 from mst_jax.config import ModelConfig
-from mst_jax.mini_sequence import for_chunks, put_tokens, take_tokens
+from mst_jax.mini_sequence import (
+    for_chunks,
+    loop_chunks,
+    put_tokens,
+    take_tokens,
+)
 from mst_jax.ops.attention import Documents, attention_backward, attention_forward
 from mst_jax.ops.rms_norm import rms_norm
 from mst_jax.ops.rope import apply_rope
@@ -305,7 +310,9 @@ def _after_backward(p, kept, dy, ctx):
             dwo + _outer(out_c, dh),
         )
 
-    zeros = [jnp.zeros(w.shape, jnp.float32) for w in weights]
+    zeros = None  # which one chunk need not fill, nor add to
+    if loop_chunks(T, ctx.chunk_size)[0] < T:
+        zeros = [jnp.zeros(w.shape, jnp.float32) for w in weights]
     d_norm = jnp.zeros(p["mlp_norm"]["scale"].shape, jnp.float32)
     carry = (dy, zeros, d_norm, jnp.zeros(wo.shape, jnp.float32))
     dh, totals, d_norm, dwo = for_chunks(T, ctx.chunk_size, body, carry)

@@ -144,13 +144,35 @@ def test_a_further_product_has_obstacles_too():
 
 
 @needs_pallas
-def test_the_sum_so_far_is_kept_if_it_is_still_needed():
-    a, b, total = make(64, 64, 64, "tn", BF16)
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_the_sum_so_far_is_kept_if_it_is_still_needed(dtype):
+    a, b, total = make(64, 64, 64, "nn", dtype)
     before = np.asarray(total)
     with interpreted():
         got, same = jax.jit(lambda a, b, t: (matmul(a, b, total=t), t))(a, b, total)
     assert (np.asarray(same) == before).all() and (np.asarray(got) != before).any()
     assert (np.asarray(total) == before).all()
+
+
+def check_f32_product(M, K, N):
+    """A product in f32 is the one that is added to zeros, bit for bit."""
+    a, b, total = make(M, K, N, "tn", F32)
+    product = partial(matmul, a, b, transpose_a=True)
+    with interpreted():
+        got = jax.jit(partial(product, dtype=F32))()
+        want = jax.jit(product)(total=jnp.zeros_like(total))
+    assert got.dtype == F32
+    np.testing.assert_array_equal(got, want)
+
+
+@needs_pallas
+def test_a_product_in_f32():
+    check_f32_product(320, 192, 320)
+
+
+@pytest.mark.gpu
+def test_a_product_in_f32_at_8b_width():
+    check_f32_product(4096, 8192, 14336)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +248,7 @@ def products(C, D, F):
         wide, up, wide, up)
     yield product("tn", True), (x, wide, array((D, F), jnp.float32))
     yield product("tn", True), (wide, x, array((F, D), jnp.float32))
+    yield partial(product("tn"), dtype=jnp.float32), (x, wide)
     yield partial(mlp.gate_up, keep=False), (x, up, up)
     yield partial(mlp.gate_up, keep=True), (x, up, up)
     yield mlp.gate_up_backward, (x, up, up, wide)
@@ -247,7 +270,7 @@ for fn, arguments in products(*SIZES):
 def test_compiled_for_an_h200(D, F):
     program = PRODUCTS.replace("SIZES", str((16384, D, F)))
     said = compile_for_h200(program, MOSAIC_GPU_DUMP_PTXAS="1")
-    assert len(re.findall(r"Compiling entry function '\w+_mosaic_gpu_", said)) == 11
+    assert len(re.findall(r"Compiling entry function '\w+_mosaic_gpu_", said)) == 12
     spilled = re.findall(r"memory in function '(\w+)_mosaic_gpu_.*?, (\d+) bytes", said)
     # What is read beside two accumulators takes registers in the epilogue, once a
     # tile: 16 bytes a thread on JAX 0.11.2, 424 on 0.12. Other products: none.

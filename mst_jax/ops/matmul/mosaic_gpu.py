@@ -188,17 +188,19 @@ def matmul(
     transpose_b: bool = False,
     also: tuple[tuple[jax.Array, jax.Array], ...] = (),
     total: jax.Array | None = None,
+    dtype: Any = None,
     tiles: Tiles | None = None,
 ) -> jax.Array:
-    """Return A B in A's dtype, or `total` + A B in total's.
+    """Return A B in `dtype`, or `total` + A B in total's.
 
     Args:
         a: bf16 [M, K], or [K, M] if `transpose_a`.
         b: bf16 [K, N], or [N, K] if `transpose_b`.
         transpose_a, transpose_b: which operands are given transposed.
         also: more (A, B), whose products are added before anything is rounded.
-        total: [M, N], f32 or bf16. It is added to in its own memory where XLA has no
-            other use of it, as in the carry of a loop.
+        total: [M, N], f32 or bf16. One in f32 is added to in its own memory where XLA
+            has no other use of it, as in the carry of a loop.
+        dtype: without `total`, bf16 or f32; None is A's.
         tiles: see `Tiles`; None for its defaults, with the slots that the sum takes.
 
     Raises:
@@ -217,22 +219,28 @@ def matmul(
             transpose_b=transpose_b, **options,
         )  # fmt: skip
 
-    if total is None:
-        out = jax.ShapeDtypeStruct(shape, a.dtype)
+    if total is not None and total.dtype == jnp.float32:
+        return in_place(
+            lambda ref, *operands: run(
+                *operands, epilogue=_add, name=f"{name}_add_f32", extra=(ref,),
+                dtype=total.dtype, tiles=tiles or Tiles(),
+            ),
+            total, *operands,
+        )[0]  # fmt: skip
+    if total is not None:
         (c,) = run(
-            *operands, epilogue=_store, name=name, out_type=(out,),
-            tiles=tiles or Tiles(),
+            *operands, epilogue=_read_and_add, name=f"{name}_add", extra=(total,),
+            out_type=(jax.ShapeDtypeStruct(shape, total.dtype),), dtype=total.dtype,
+            reads=True, tiles=tiles or Tiles(stages=3, slots=4),
         )  # fmt: skip
         return c
-    reads = total.dtype != jnp.float32
-    options = {
-        "epilogue": _read_and_add if reads else _add, "reads": reads,
-        "name": f"{name}_add" if reads else f"{name}_add_f32", "dtype": total.dtype,
-        "tiles": tiles or (Tiles(stages=3, slots=4) if reads else Tiles()),
-    }  # fmt: skip
-    return in_place(
-        lambda ref, *operands: run(*operands, extra=(ref,), **options), total, *operands
-    )[0]
+    out = jax.ShapeDtypeStruct(shape, dtype or a.dtype)
+    (c,) = run(
+        *operands, epilogue=_store, out_type=(out,), dtype=out.dtype,
+        name=f"{name}_f32" if out.dtype == jnp.float32 else name,
+        tiles=tiles or Tiles(),
+    )  # fmt: skip
+    return c
 
 
 def in_place(
@@ -262,10 +270,11 @@ def _add(tile, accs, extra, outs):
 
 
 def _read_and_add(tile, accs, extra, outs):
-    # Not by TMA: it would round the product to 16 bits before it adds.
+    # Not by TMA: it would round the product to 16 bits before it adds. Nor in place: a
+    # kernel that works in place has its result copied to where it belongs.
     for i in range(tile.num_parts):
         value = accs[0][:, tile.columns(i)] + tile.read(i).astype(jnp.float32)
-        tile.write(extra[0], i, value, i)
+        tile.write(outs[0], i, value, i)
 
 
 def num_sms() -> int:

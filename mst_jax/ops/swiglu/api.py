@@ -112,7 +112,7 @@ def mlp_backward(
         gate_up: x W_gate and x W_up [B, C, F], or None to compute them again.
         dy: [B, C, D].
         weights: gate, up and down.
-        totals: f32 gradients of the weights so far.
+        totals: f32 gradients of the weights so far; None if this is the first chunk.
         activation, implementation: as in `swiglu`.
 
     Returns:

@@ -58,8 +58,8 @@ def backward(activation: str, x, gate_up, dy, weights, totals: Any):
     dx = matmul(dgate, w_gate, transpose_b=True, also=((dup, w_up),))
     pairs = ((x, dgate), (x, dup), (h, dy))
     totals = [
-        matmul(*pair, transpose_a=True, total=t)
-        for pair, t in zip(pairs, totals, strict=True)
+        matmul(*pair, transpose_a=True, total=t, dtype=jnp.float32)
+        for pair, t in zip(pairs, totals or (None,) * 3, strict=True)
     ]
     return dx.reshape(shape), totals
 

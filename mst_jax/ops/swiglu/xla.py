@@ -38,7 +38,8 @@ def backward(activation: str, x, gate_up, dy, weights, totals: Any):
     dx = jnp.einsum("BCF,DF->BCD", dgate, w_gate)
     dx += jnp.einsum("BCF,DF->BCD", dup, w_up)
     pairs = ((x, dgate), (x, dup), (hidden, dy))
-    return dx, [t + _outer(*pair) for t, pair in zip(totals, pairs, strict=True)]
+    found = [_outer(*pair) for pair in pairs]
+    return dx, jax.tree.map(jnp.add, totals, found) if totals else found
 
 
 def _outer(a, b):
