@@ -37,8 +37,7 @@ def backward(activation: str, x, gate_up, dy, weights, totals: Any):
     dgate, dup = vjp(jnp.einsum("BCD,FD->BCF", dy, w_down))
     dx = jnp.einsum("BCF,DF->BCD", dgate, w_gate)
     dx += jnp.einsum("BCF,DF->BCD", dup, w_up)
-    pairs = ((x, dgate), (x, dup), (hidden, dy))
-    found = [_outer(*pair) for pair in pairs]
+    found = [_outer(*pair) for pair in ((x, dgate), (x, dup), (hidden, dy))]
     return dx, jax.tree.map(jnp.add, totals, found) if totals else found
 
 
