@@ -29,6 +29,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "attention-after": {"plan": "save_attention", "in_backward": False},
     "all-but-gate-up": {"plan": "* save=input+qkv+attention+mlp_input"},
     "none": {"plan": "none"},
+    "attention-whole": {"plan": "save_attention", "mlp_chunk_size": 0},
+    "none-whole": {"plan": "none", "mlp_chunk_size": 0},
 }
 
 

@@ -1,4 +1,4 @@
-"""Time the Hopper matmul core and the MLP's kernels under many tiles, beside XLA.
+"""Time the Hopper matmul core and the layers' kernels under many tiles, beside XLA.
 
     python benchmarks/tune_matmul.py --preset llama3_8b --tokens 16384 --seconds 240
 
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from mst_jax.config import PRESETS
-from mst_jax.ops.matmul import Tiles, matmul
+from mst_jax.ops.matmul import Tiles, matmul, sum_of_products
 from mst_jax.ops.swiglu import mosaic_gpu, swiglu, xla
 
 WIDE = Tiles()
@@ -68,20 +68,25 @@ def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
     return draw()
 
 
-def products(tokens: int, D: int, F: int) -> dict[str, Product]:
-    """Return the products of the MLP's chunk."""
+def products(tokens: int, D: int, F: int, K: int) -> dict[str, Product]:
+    """Return a chunk's products, with K columns of keys and of values."""
     x, dy = normal(0, tokens, D), normal(1, tokens, D)
     wide, other = normal(2, tokens, F), normal(3, tokens, F)
     w_gate, w_up = normal(4, D, F, scale=D**-0.5), normal(5, D, F, scale=D**-0.5)
     w_down = normal(6, F, D, scale=F**-0.5)
     dw, dw_down = (jnp.zeros(s, jnp.float32) for s in ((D, F), (F, D)))
+    dk, dv = normal(7, tokens, K), normal(8, tokens, K)
+    wq, wk, wv = (normal(9 + i, D, n, scale=D**-0.5) for i, n in enumerate((D, K, K)))
     flops = 2 * tokens * D * F
 
     def nt(a, b):
         return jnp.einsum("TI,OI->TO", a, b)
 
+    def outer(a, b):
+        return jnp.einsum("TI,TO->IO", a, b, preferred_element_type="float32")
+
     def f32(total, a, b):
-        return total + jnp.einsum("TI,TO->IO", a, b, preferred_element_type="float32")
+        return total + outer(a, b)
 
     def in_f32(tiles, total, a, b):
         return matmul(a, b, transpose_a=True, total=total, tiles=tiles)
@@ -89,12 +94,24 @@ def products(tokens: int, D: int, F: int) -> dict[str, Product]:
     def hidden(x, g, u):
         return xla.gated("silu", x @ g, x @ u)
 
+    def hidden_kept(x, g, u):
+        gate, up = x @ g, x @ u
+        return xla.gated("silu", gate, up), gate, up
+
+    def of_qkv(tiles, dq, dk, dv, wq, wk, wv):
+        also = (dk, wk), (dv, wv)
+        return matmul(dq, wq, also=also, transpose_b=True, tiles=tiles)
+
+    def of_qkv_plain(dq, dk, dv, wq, wk, wv):
+        pairs = (dq, wq), (dk, wk), (dv, wv)
+        return sum_of_products(*pairs, implementation="xla")
+
     def gradients(x, g, u, dy, w):
         value, vjp = jax.vjp(lambda a, b: xla.gated("silu", a, b), x @ g, x @ u)
         return value, *vjp(nt(dy, w))
 
     def dh_gradients(tiles, x, g, u, dy, w):
-        dh = matmul(dy, w, transpose_b=True)
+        dh = nt(dy, w)
         return mosaic_gpu.gate_up_backward(x, g, u, dh, tiles=tiles)
 
     return {
@@ -116,14 +133,21 @@ def products(tokens: int, D: int, F: int) -> dict[str, Product]:
             lambda t, *a: mosaic_gpu.gate_up(*a, keep=False, tiles=t)[0],
             hidden, (x, w_gate, w_up), 2 * flops,
         ),
+        "gate_up, kept": Product(
+            lambda t, *a: mosaic_gpu.gate_up(*a, keep=True, tiles=t),
+            hidden_kept, (x, w_gate, w_up), 2 * flops,
+        ),
+        "dx of q, k, v": Product(
+            of_qkv, of_qkv_plain, (dy, dk, dv, wq, wk, wv), 2 * tokens * D * (D + 2 * K)
+        ),
+        "dW, f32": Product(
+            lambda t, *a: matmul(*a, transpose_a=True, dtype=jnp.float32, tiles=t),
+            outer, (x, other), flops,
+        ),
         "dW += f32": Product(in_f32, f32, (dw, x, other), flops, sums=True),
         "dW_down += f32": Product(in_f32, f32, (dw_down, wide, dy), flops, sums=True),
         "down": Product(
             lambda t, h, w: matmul(h, w, tiles=t), jnp.matmul, (wide, w_down), flops
-        ),
-        "down + residual": Product(
-            lambda t, r, h, w: matmul(h, w, total=r, tiles=t),
-            lambda r, h, w: r + h @ w, (x, wide, w_down), flops, sums=True,
         ),
     }  # fmt: skip
 
@@ -142,7 +166,7 @@ def error(got: Any, want: Any) -> float:
 
 def check(tiles: list[Tiles]) -> None:
     """Compare every product with f32 at a ragged size; raise if one is wrong."""
-    for name, product in products(1000, 1344, 2112).items():
+    for name, product in products(1000, 1344, 2112, 320).items():
         args = product.args
         with jax.default_matmul_precision("highest"):
             want = jax.jit(product.plain)(*[a.astype(jnp.float32) for a in args])
@@ -236,8 +260,9 @@ def sweep(
     """Time every product under every tile."""
     model = PRESETS[preset]
     D, F = model.hidden_size, model.intermediate_size
+    K = model.num_kv_heads * model.head_size
     rows = []
-    for name, product in products(tokens, D, F).items():
+    for name, product in products(tokens, D, F, K).items():
         if names and name not in names:
             continue
         if time.monotonic() > deadline:

@@ -104,16 +104,14 @@ def _compile(cfg: Config, model: ModelConfig, gpu: Gpu) -> dict[str, int | str]:
     from jax.sharding import SingleDeviceSharding
 
     import mst_jax.ops.attention.api as attention
-    import mst_jax.ops.linear_cross_entropy.api as loss
-    import mst_jax.ops.swiglu.api as mlp
+    import mst_jax.ops.matmul.mosaic_gpu as kernels
     from mst_jax.model import init_params
     from mst_jax.sharding import make_mesh
     from mst_jax.train_step import init_train_state, make_train_step
 
     # They ask this process's device, which is a CPU.
-    no_kernel = None if gpu.capability == (9, 0) else "compute capability not 9.0"
     attention._capability = lambda: gpu.capability
-    loss._device_obstacle = mlp._device_obstacle = lambda: no_kernel
+    kernels._capability = lambda: "{}.{}".format(*gpu.capability)
 
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=gpu.target, topology="1x1x1"

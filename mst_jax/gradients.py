@@ -72,8 +72,8 @@ def forward(
         segment_ids=None if segment_ids is None else find_documents(segment_ids),
         chunk_size=layer_chunk_size(cfg, model, B, T),
         head_groups=cfg.train.head_groups,
-        implementation=cfg.train.asked_attention,
-        mlp_implementation=cfg.train.asked_implementation,
+        attention_implementation=cfg.train.asked_attention,
+        implementation=cfg.train.asked_implementation,
     )
     with jax.named_scope("embed"):
         x = rest["embed"]["embedding"][tokens].astype(cfg.train.compute_dtype)

@@ -31,6 +31,7 @@ from mst_jax.mini_sequence import (
     take_tokens,
 )
 from mst_jax.ops.attention import Documents, attention_backward, attention_forward
+from mst_jax.ops.matmul import sum_of_products
 from mst_jax.ops.rms_norm import rms_norm
 from mst_jax.ops.rope import apply_rope
 from mst_jax.ops.swiglu import mlp_backward, mlp_forward
@@ -52,10 +53,10 @@ class Context:
     """Tokens of a chunk."""
     head_groups: int = 1
     """Groups of key/value heads that attention runs on one after the other."""
+    attention_implementation: str | None = None
+    """See `ops.attention`."""
     implementation: str | None = None
-    """Of attention."""
-    mlp_implementation: str | None = None
-    """Of the MLP, see `ops.swiglu`."""
+    """Of the matrix products, see `ops.swiglu`."""
 
 
 @jax.named_scope("forward")
@@ -122,7 +123,7 @@ def _project(p: Weights, x: jax.Array, ctx: Context) -> tuple[jax.Array, ...]:
         new = (_rope(q, *rope), _rope(k, *rope), v)
         return [put_tokens(a, b, start) for a, b in zip(qkv, new, strict=True)]
 
-    empty = [jnp.zeros((B, T, w.shape[1] // H, H), x.dtype) for w in weights]
+    empty = [jax.lax.empty((B, T, w.shape[1] // H, H), x.dtype) for w in weights]
     return tuple(for_chunks(T, ctx.chunk_size, body, empty))
 
 
@@ -141,11 +142,12 @@ def _before_backward(p, x, d_qkv, dh, ctx):
             a.reshape(B, size, -1)  # the rotation's transpose turns back
             for a in (_rope(dq, cos, -sin), _rope(dk, cos, -sin), dv)
         ]
-        d_normed = jnp.zeros((), jnp.float32)
-        for a, name in zip(flat, names, strict=True):
-            d_normed += _f32("BCO,IO->BCI", a, p["attention"][name])
+        weights = (p["attention"][name] for name in names)
+        d_normed = sum_of_products(
+            *zip(flat, weights, strict=True), implementation=ctx.implementation
+        )
         totals = [t + _outer(normed, a) for t, a in zip(totals, flat, strict=True)]
-        d_scale, dx = norm_vjp(d_normed.astype(x.dtype))
+        d_scale, dx = norm_vjp(d_normed)
         d = put_tokens(d, take_tokens(d, start, size) + dx, start)
         return d, d_norm + d_scale, totals
 
@@ -177,9 +179,11 @@ def _attend(p, x, ctx, *, keep_qkv=False, kept=None):
 
     B, T, _ = x.shape
     N, K, H = ctx.cfg.num_heads, ctx.cfg.num_kv_heads, ctx.cfg.head_size
-    stored = [jnp.zeros((B, T, n, H), x.dtype) for n in (N, K, K)] if keep_qkv else []
-    empty = jnp.zeros((B, T, N, H), x.dtype), jnp.zeros((B, N, T), jnp.float32), stored
-    out, lse, stored = jax.lax.fori_loop(0, groups, body, empty)
+    heads = (N, K, K) if keep_qkv else ()
+    stored = [jax.lax.empty((B, T, n, H), x.dtype) for n in heads]
+    out = jax.lax.empty((B, T, N, H), x.dtype)
+    lse = jax.lax.empty((B, N, T), jnp.float32)
+    out, lse, stored = jax.lax.fori_loop(0, groups, body, (out, lse, stored))
     return out, lse, dict(zip("qkv", stored, strict=False))
 
 
@@ -209,7 +213,7 @@ def _attend_backward(p, kept, dh, ctx):
             _put_heads(a, b, g, 2) for a, b in zip((dq, dk, dv), new, strict=True)
         )
 
-    empty = jnp.zeros((B, T, K, H), out.dtype)
+    empty = jax.lax.empty((B, T, K, H), out.dtype)
     return jax.lax.fori_loop(0, groups, body, (out, empty, empty))
 
 
@@ -226,7 +230,7 @@ def _attention_options(ctx: Context) -> dict[str, Any]:
     return {
         "segment_ids": ctx.segment_ids,
         "sliding_window": ctx.cfg.sliding_window,
-        "implementation": ctx.implementation,
+        "implementation": ctx.attention_implementation,
     }
 
 
@@ -260,7 +264,7 @@ def _after(p, x, out, ctx, keep):
         with jax.named_scope("mlp"):
             z, gate_up = mlp_forward(
                 normed, weights, residual=h, keep="gate_up" in keep,
-                implementation=ctx.mlp_implementation,
+                implementation=ctx.implementation,
             )  # fmt: skip
         new = {"mlp_input": h}
         if gate_up is not None:
@@ -270,7 +274,7 @@ def _after(p, x, out, ctx, keep):
 
     widths = {"mlp_input": D} if "mlp_input" in keep else {}
     widths |= {"gate": F, "up": F} if "gate_up" in keep else {}
-    empty = {name: jnp.zeros((B, T, n), x.dtype) for name, n in widths.items()}
+    empty = {name: jax.lax.empty((B, T, n), x.dtype) for name, n in widths.items()}
     return for_chunks(T, ctx.chunk_size, body, (x, empty))
 
 
@@ -299,7 +303,7 @@ def _after_backward(p, kept, dy, ctx):
         with jax.named_scope("mlp"):
             d_normed, totals = mlp_backward(
                 normed, gate_up, dy, weights, totals,
-                implementation=ctx.mlp_implementation,
+                implementation=ctx.implementation,
             )  # fmt: skip
         d_scale, dh = norm_vjp(d_normed)
         dh = dy + dh
@@ -345,9 +349,5 @@ def _norm_vjp(
     return jax.vjp(norm, scale, chunk)
 
 
-def _f32(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, a, b.astype(a.dtype), preferred_element_type=jnp.float32)
-
-
 def _outer(a: jax.Array, b: jax.Array) -> jax.Array:
-    return _f32("BCI,BCO->IO", a, b)
+    return jnp.einsum("BCI,BCO->IO", a, b, preferred_element_type=jnp.float32)

@@ -157,22 +157,27 @@ def _fits(cfg, model, gpu, budget):
 def _cuts(cfg: Config, model: ModelConfig) -> list[dict[str, int]]:
     """Return head groups, chunk sizes and prefetch, much memory to little.
 
-    The chunks' budgets are those of `mini_sequence.py`, a quarter and a sixteenth. All
-    chunks are equal where that is possible: a shorter last one costs a copy of a whole
-    sequence, and in a step of 800,768 tokens XLA also kept 3.9 GiB of zeros.
+    The layers run on the whole sequence where it fits, and kernels take it (multiples
+    of 8 rows): a loop over chunks copies them in and out. The chunks' budgets are those
+    of `mini_sequence.py`, a quarter and a sixteenth. All chunks are equal where that is
+    possible: a shorter last one costs a copy of a whole sequence, and in a step of
+    800,768 tokens XLA also kept 3.9 GiB of zeros.
     """
     B, T = cfg.data.batch_size, cfg.data.seq_len
     dtype = jnp.dtype(cfg.train.compute_dtype)
     mlp = mlp_chunk_size(B, model.intermediate_size, dtype)
     loss = loss_chunk_size(B, model.vocab_size)
+    chunks = [(mlp // part, loss // part) for part in (1, 4, 16)]
+    if mlp < T and B * T % 8 == 0:
+        chunks.insert(0, (T, loss))
     return [
         {
             "head_groups": groups,
-            "mlp_chunk_size": _equal_chunks(T, mlp // part, B),
-            "loss_chunk_size": _equal_chunks(T, loss // part, B),
+            "mlp_chunk_size": _equal_chunks(T, layer, B),
+            "loss_chunk_size": _equal_chunks(T, head, B),
             "prefetch": prefetch,
         }
-        for part in (1, 4, 16)
+        for layer, head in chunks
         for groups in _head_groups(cfg, model)
         for prefetch in (True, False)
     ]

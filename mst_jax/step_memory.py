@@ -32,12 +32,14 @@ compilation without a device leaves it out.
 from functools import cache, cached_property
 from math import prod
 
+import jax
 import jax.numpy as jnp
 
 from mst_jax.config import Config, ModelConfig
 from mst_jax.gpus import Gpu
 from mst_jax.gradients import layer_chunk_size, make_plan
 from mst_jax.mini_sequence import split_length
+from mst_jax.ops import matmul
 from mst_jax.ops.attention import choose_implementation
 from mst_jax.ops.attention.packed import RATIO
 from mst_jax.ops.linear_cross_entropy import loss_chunk_size
@@ -74,6 +76,7 @@ class StepMemory:
         self.C_loss = B * split_length(T, size)[1]
         self.qkv = self.D * (self.NH + 2 * self.KH)
         self.W = self.qkv + self.NH * self.D + 3 * self.D * self.F
+        self.kernels = self._runs_hopper_kernels()
         optim = cfg.optim
         self.clips_globally = optim.clip == "global" and optim.clip_norm is not None
 
@@ -88,6 +91,13 @@ class StepMemory:
         if asked == "cudnn" != name:
             raise NotImplementedError(f"TrainConfig.attention='cudnn': {why}")
         return (asked or name) == "cudnn"
+
+    def _runs_hopper_kernels(self) -> bool:
+        dtype = jnp.dtype(self.cfg.train.compute_dtype)
+        sizes = (self.C, self.D), (self.D, self.F)
+        obstacle = matmul.obstacle(*(jax.ShapeDtypeStruct(s, dtype) for s in sizes))
+        asked = self.cfg.train.asked_implementation
+        return asked != "xla" and self.gpu.capability == (9, 0) and obstacle is None
 
     @cached_property
     def state(self) -> tuple[int, int, int]:
@@ -220,16 +230,17 @@ class StepMemory:
             token += a * self.NH  # q is there too, from recomputing attention
         if "mlp_input" in kept:
             token += a * self.D
-        if "gate_up" in kept:
+        single = self.C == self.n
+        if "gate_up" in kept and not single:  # one chunk reads them in their stack
             token += 2 * a * self.F
         if self.ragged:
             token += a * self.D  # the last, shorter chunk rewrites a copy of dh
         # gate, up, the gradient of hidden, and what one kernel makes of them: hidden,
-        # dgate, dup.
-        wide = 4 if "gate_up" in kept else 6
+        # dgate, dup. Hopper's kernels never write gate and up.
+        wide = 4 if "gate_up" in kept or self.kernels else 6
         chunk = self.C * (wide * self.wide * self.F + 2 * a * self.D)
         # A single chunk has no sums to add to.
-        sums = 12 * self.D * self.F if self.C < self.n else 0
+        sums = 0 if single else 12 * self.D * self.F
         size = self._sequences + self.n * token + chunk + sums + self._layer
         return {"layer working set": size}
 

@@ -36,6 +36,12 @@ install_import_hook("mst_jax", "beartype.beartype")
 jax.config.update("jax_numpy_dtype_promotion", "standard")
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Up to four processes on a CPU; on a GPU none beside this one: it has one pool."""
+    on_gpu = jax.default_backend() == "gpu"
+    return 0 if on_gpu else min(4, os.cpu_count() or 1)
+
+
 def pytest_collection_modifyitems(config, items):
     if jax.default_backend() != "gpu":
         skip = pytest.mark.skip(reason="needs a CUDA GPU")

@@ -277,13 +277,19 @@ def test_more_memory_is_never_slower():
 
 
 def test_chunks_are_equal_where_they_can_be():
-    for tokens in (65536, 100000, 782 * 1024):
-        train = fastest_plan(config(tokens), LLAMA, H200, None, 400 * GIB)[0].train
+    for tokens, budget in ((65536, 26), (100000, 31), (782 * 1024, 135)):
+        limits = budget * GIB, 400 * GIB
+        train = fastest_plan(config(tokens), LLAMA, H200, *limits)[0].train
         assert tokens % train.mlp_chunk_size == tokens % train.loss_chunk_size == 0
         assert 4096 <= train.mlp_chunk_size <= 16384
-    assert fastest_plan(config(100000), LLAMA, H200)[0].train.mlp_chunk_size % 8 == 0
-    prime = fastest_plan(config(65537), LLAMA, H200)[0].train
-    assert prime.mlp_chunk_size == 16384
+        assert train.mlp_chunk_size % 8 == 0
+    assert fastest_plan(config(65537), LLAMA, H200)[0].train.mlp_chunk_size == 16384
+
+
+def test_layers_run_on_the_whole_sequence_where_it_fits():
+    for tokens, size in ((32768, 32768), (65536, 65536), (32769, 10923)):
+        train = fastest_plan(config(tokens), LLAMA, H200)[0].train
+        assert train.mlp_chunk_size == size  # kernels take multiples of 8 rows
 
 
 def test_a_shorter_last_chunk_costs_a_copy():
@@ -454,6 +460,8 @@ needs_plugin = pytest.mark.skipif(
     "gpu, cfg",
     [
         ("h200", config(65536, plan="save_attention")),
+        ("h200", config(65536, plan="save_attention", mlp_chunk_size=65536)),
+        ("h200", config(32768, plan="none", mlp_chunk_size=32768)),
         ("h200", config(262144, plan="offload", head_groups=8)),
         ("h200", config(131072, plan="offload_attention", prefetch=True)),
         ("h200", config(131072, plan="offload", attention="xla")),
@@ -476,8 +484,8 @@ needs_plugin = pytest.mark.skipif(
         ),
     ],
     ids=[
-        "save_attention", "offload", "prefetch", "xla", "packed", "packed in groups",
-        "mixture", "T4",
+        "save_attention", "whole", "none, whole", "offload", "prefetch", "xla",
+        "packed", "packed in groups", "mixture", "T4",
     ],
 )  # fmt: skip
 def test_predicted_memory_is_within_5_percent_of_the_compiled(gpu, cfg):

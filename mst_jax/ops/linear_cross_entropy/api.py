@@ -21,7 +21,7 @@ from mst_jax.mini_sequence import mini_sequence, split_length, to_chunks
 from mst_jax.ops.linear_cross_entropy import mosaic_gpu, xla
 from mst_jax.ops.linear_cross_entropy.chunks import weighted_sum
 from mst_jax.ops.linear_cross_entropy.xla import Options
-from mst_jax.ops.matmul import device_obstacle as _device_obstacle
+from mst_jax.ops.matmul import device_obstacle
 
 LOGITS_BYTES = 2**31
 """Budget of one chunk's logits when no chunk size is given."""
@@ -167,7 +167,7 @@ def choose_implementation(
     if not (MOSAIC_GPU_BY_DEFAULT or by_name):
         return "xla", "'mosaic_gpu' is not the default yet"
     options = Options(0.0, logit_softcap, label_smoothing, "mosaic_gpu")
-    obstacle = mosaic_gpu.obstacle(options, width, dtype) or _device_obstacle()
+    obstacle = mosaic_gpu.obstacle(options, width, dtype) or device_obstacle()
     return ("xla", obstacle) if obstacle else ("mosaic_gpu", "this GPU has it")
 
 
@@ -198,7 +198,7 @@ def _check(
         raise NotImplementedError(f"{implementation=} is not 'xla' or 'mosaic_gpu'")
     options = Options(z_loss, softcap, smoothing, implementation, transposed)
     if implementation == "mosaic_gpu":
-        obstacle = mosaic_gpu.obstacle(options, D, dtype) or _device_obstacle()
+        obstacle = mosaic_gpu.obstacle(options, D, dtype) or device_obstacle()
         if obstacle:
             raise NotImplementedError(
                 f"implementation='mosaic_gpu': {obstacle}; use 'xla'"

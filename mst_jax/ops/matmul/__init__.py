@@ -1,5 +1,6 @@
 """Tiled matrix products for Hopper, with epilogues of the caller's own."""
 
+from mst_jax.ops.matmul.api import sum_of_products
 from mst_jax.ops.matmul.epilogue import Epilogue, pallas, part_columns, swizzled
 from mst_jax.ops.matmul.mosaic_gpu import (
     OLDEST_JAX,
@@ -21,6 +22,7 @@ __all__ = [
     "obstacle",
     "pallas",
     "part_columns",
+    "sum_of_products",
     "swizzled",
     "tiled_matmul",
 ]

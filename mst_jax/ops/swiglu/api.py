@@ -20,7 +20,7 @@ from mst_jax.mini_sequence import (
     split_length,
     to_chunks,
 )
-from mst_jax.ops.matmul import device_obstacle as _device_obstacle
+from mst_jax.ops.matmul import device_obstacle
 from mst_jax.ops.swiglu import mosaic_gpu, xla
 
 MOSAIC_GPU_BY_DEFAULT = True
@@ -134,14 +134,14 @@ def choose_implementation(
         return "xla", "'mosaic_gpu' is not the default yet"
     x = jax.ShapeDtypeStruct((rows, hidden_size), dtype)
     w_gate = jax.ShapeDtypeStruct((hidden_size, ffn_size), dtype)
-    reason = mosaic_gpu.obstacle(activation, x, w_gate) or _device_obstacle()
+    reason = mosaic_gpu.obstacle(activation, x, w_gate) or device_obstacle()
     return ("xla", reason) if reason else ("mosaic_gpu", "this GPU has it")
 
 
 def _choose(implementation, activation, x, w_gate) -> str:
     if activation not in xla.ACTIVATIONS:
         raise ValueError(f"{activation=} is not one of {tuple(xla.ACTIVATIONS)}")
-    reason = mosaic_gpu.obstacle(activation, x, w_gate) or _device_obstacle()
+    reason = mosaic_gpu.obstacle(activation, x, w_gate) or device_obstacle()
     if implementation is None:
         return "mosaic_gpu" if MOSAIC_GPU_BY_DEFAULT and not reason else "xla"
     if implementation not in _HOW:

@@ -1,15 +1,15 @@
 """One chunk of the gated MLP in Mosaic GPU kernels, for Hopper and bf16.
 
     forward     h = silu(x W_gate) * (x W_up)     one kernel, gate and up in registers
-                y = residual + h W_down
-    backward    dh = dy W_down^T
+                y = residual + h W_down           XLA's
+    backward    dh = dy W_down^T                  XLA's
                 h, dgate, dup                     one kernel: gate and up again, and dh
-                dx = dgate W_gate^T + dup W_up^T
+                dx = dgate W_gate^T + dup W_up^T  one kernel, rounded once
                 dW += x^T dgate, x^T dup, h^T dy  f32, in place
 
 XLA writes gate and up, reads them again and, in the backward pass, makes two or three
 passes over [C, F] arrays for h, dgate and dup. Here gate and up are f32 from the
-products to the end.
+products to the end. Of single products cuBLAS's are as fast or faster (docs/LOG.md).
 """
 
 from functools import partial
@@ -37,10 +37,10 @@ def forward(activation: str, x, weights, residual, keep: bool):
     """As `api.mlp_forward`."""
     del activation
     shape, x = x.shape, _rows(x)
-    h, *kept = gate_up(x, *weights[:2], keep=keep)
-    y = matmul(h, weights[2], total=None if residual is None else _rows(residual))
-    gate_up_kept = [a.reshape(*shape[:-1], -1) for a in kept]
-    return y.reshape(shape), tuple(gate_up_kept) if keep else None
+    h, *kept = (a.reshape(*shape[:-1], -1) for a in gate_up(x, *weights[:2], keep=keep))
+    y = h @ weights[2]
+    y = y if residual is None else residual + y
+    return y, tuple(kept) if keep else None
 
 
 def backward(activation: str, x, gate_up, dy, weights, totals: Any):
@@ -48,7 +48,7 @@ def backward(activation: str, x, gate_up, dy, weights, totals: Any):
     w_gate, w_up, w_down = weights
     shape = x.shape
     x, dy = _rows(x), _rows(dy)
-    dh = matmul(dy, w_down, transpose_b=True)
+    dh = jnp.einsum("TD,FD->TF", dy, w_down)
     if gate_up is None:
         h, dgate, dup = gate_up_backward(x, w_gate, w_up, dh)
     else:
