@@ -149,6 +149,10 @@ def products(tokens: int, D: int, F: int, K: int) -> dict[str, Product]:
         "down": Product(
             lambda t, h, w: matmul(h, w, tiles=t), jnp.matmul, (wide, w_down), flops
         ),
+        "down + residual": Product(
+            lambda t, r, h, w: matmul(h, w, total=r, tiles=t),
+            lambda r, h, w: r + h @ w, (x, wide, w_down), flops, sums=True,
+        ),
     }  # fmt: skip
 
 

@@ -196,21 +196,20 @@ def matmul(
     dtype: Any = None,
     tiles: Tiles | None = None,
 ) -> jax.Array:
-    """Return A B in `dtype`, or `total` + A B.
+    """Return A B in `dtype`, or `total` + A B in total's.
 
     Args:
         a: bf16 [M, K], or [K, M] if `transpose_a`.
         b: bf16 [K, N], or [N, K] if `transpose_b`.
         transpose_a, transpose_b: which operands are given transposed.
         also: more (A, B), whose products are added before anything is rounded.
-        total: f32 [M, N], added to in its own memory where XLA has no other use of it,
-            as in the carry of a loop.
+        total: [M, N], f32 or bf16. One in f32 is added to in its own memory where XLA
+            has no other use of it, as in the carry of a loop.
         dtype: without `total`, bf16 or f32; None is A's.
-        tiles: see `Tiles`; None for its defaults.
+        tiles: see `Tiles`; None for its defaults, with the slots that the sum takes.
 
     Raises:
         NotImplementedError: see `obstacle`.
-        TypeError: a `total` that is not f32.
     """
     shape = a.shape[transpose_a], b.shape[not transpose_b]
     operands = [x for pair in ((a, b), *also) for x in pair]
@@ -225,9 +224,7 @@ def matmul(
             transpose_b=transpose_b, **options,
         )  # fmt: skip
 
-    if total is not None:
-        if total.dtype != jnp.float32:
-            raise TypeError(f"a total of {total.dtype}: sums are f32")
+    if total is not None and total.dtype == jnp.float32:
         return in_place(
             lambda ref, *operands: run(
                 *operands, epilogue=_add, name=f"{name}_add_f32", extra=(ref,),
@@ -235,6 +232,13 @@ def matmul(
             ),
             total, *operands,
         )[0]  # fmt: skip
+    if total is not None:
+        (c,) = run(
+            *operands, epilogue=_read_and_add, name=f"{name}_add", extra=(total,),
+            out_type=(jax.ShapeDtypeStruct(shape, total.dtype),), dtype=total.dtype,
+            reads=True, tiles=tiles or Tiles(stages=3, slots=4),
+        )  # fmt: skip
+        return c
     out = jax.ShapeDtypeStruct(shape, dtype or a.dtype)
     (c,) = run(
         *operands, epilogue=_store, out_type=(out,), dtype=out.dtype,
@@ -268,6 +272,14 @@ def _add(tile, accs, extra, outs):
     # TMA adds in L2, so the sum so far is not waited for. Each element once: no race.
     for i in range(tile.num_parts):
         tile.write(extra[0], i, accs[0][:, tile.columns(i)], i, add=True)
+
+
+def _read_and_add(tile, accs, extra, outs):
+    # Not by TMA: it would round the product to 16 bits before it adds. Nor in place: a
+    # kernel that works in place has its result copied to where it belongs.
+    for i in range(tile.num_parts):
+        value = accs[0][:, tile.columns(i)] + tile.read(i).astype(jnp.float32)
+        tile.write(outs[0], i, value, i)
 
 
 def num_sms() -> int:

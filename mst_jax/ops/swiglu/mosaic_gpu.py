@@ -1,7 +1,7 @@
 """One chunk of the gated MLP in Mosaic GPU kernels, for Hopper and bf16.
 
     forward     h = silu(x W_gate) * (x W_up)     one kernel, gate and up in registers
-                y = residual + h W_down           XLA's
+                y = residual + h W_down           one kernel, W_down read in its stack
     backward    dh = dy W_down^T                  XLA's
                 h, dgate, dup                     one kernel: gate and up again, and dh
                 dx = dgate W_gate^T + dup W_up^T  one kernel, rounded once
@@ -9,7 +9,8 @@
 
 XLA writes gate and up, reads them again and, in the backward pass, makes two or three
 passes over [C, F] arrays for h, dgate and dup. Here gate and up are f32 from the
-products to the end. Of single products cuBLAS's are as fast or faster (docs/LOG.md).
+products to the end. A single product is cuBLAS's where it needs no pass more than ours:
+its sum is a pass of its own, and it reads a copy of the weights (docs/LOG.md).
 """
 
 from functools import partial
@@ -37,10 +38,10 @@ def forward(activation: str, x, weights, residual, keep: bool):
     """As `api.mlp_forward`."""
     del activation
     shape, x = x.shape, _rows(x)
-    h, *kept = (a.reshape(*shape[:-1], -1) for a in gate_up(x, *weights[:2], keep=keep))
-    y = h @ weights[2]
-    y = y if residual is None else residual + y
-    return y, tuple(kept) if keep else None
+    h, *kept = gate_up(x, *weights[:2], keep=keep)
+    y = matmul(h, weights[2], total=None if residual is None else _rows(residual))
+    gate_up_kept = [a.reshape(*shape[:-1], -1) for a in kept]
+    return y.reshape(shape), tuple(gate_up_kept) if keep else None
 
 
 def backward(activation: str, x, gate_up, dy, weights, totals: Any):
