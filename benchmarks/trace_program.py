@@ -298,10 +298,11 @@ class Program:
             return _attention_flops(one, operands[0].shapes[0].dims)
         elif "mosaic" in one.target and self._kernel(one):
             products, depth_first = PRODUCTS[self._kernel(one)]
-            products = len(operands) // 2 if products is None else products
+            pairs = operands[: 2 * (len(operands) // 2)]
+            lefts = pairs[::2] if products is None else operands[:1] * products
+            depths = (a.shapes[0].dims[0 if depth_first else -1] for a in lefts)
             out = max(one.results, key=lambda s: s.bytes).dims
-            a = operands[0].shapes[0].dims
-            return 2 * products * math.prod(out) * a[0 if depth_first else -1]
+            return 2 * math.prod(out) * sum(depths)
         else:
             return 0
         if dims is None:
