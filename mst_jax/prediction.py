@@ -3,8 +3,8 @@
 Memory is `step_memory.py`'s. Time is the sum of matrix products, attention, kernels
 bound by memory, and the host link; nothing overlaps but the stores to the host, and
 the loads with `prefetch`. The
-shares of the GPU's peak are those of Llama3-8B's steps on an H200: with them the nine
-measured ones of 16,384 to 65,536 tokens (docs/benchmarks) come out within 2.5%. Other
+shares of the GPU's peak are those of Llama3-8B's steps on an H200: with them the 14
+measured ones of 8,192 to 65,536 tokens (docs/benchmarks) come out within 2.5%. Other
 GPUs are assumed to reach the same shares. XLA's flash attention (`train.attention`,
 T4, packed documents below Hopper) is taken to be bound by the memory traffic of its
 scores. A packed row counts as one document.
@@ -17,10 +17,11 @@ from mst_jax.gpus import Gpu
 from mst_jax.plan import LayerGroup
 from mst_jax.step_memory import WORKSPACE, StepMemory
 
-MATMUL = 0.70
-"""Share of the peak in matrix products: 690 TFLOP/s of 989."""
-ATTENTION_FORWARD, ATTENTION_BACKWARD, SHORT = 0.664, 0.564, 6144
-"""The same of attention, times T / (T + SHORT): 600 and 510 at 65,536 tokens."""
+MATMUL, MATMUL_KERNELS = 0.70, 0.725
+"""Share of the peak in matrix products: 690 TFLOP/s of 989, 717 with the kernels."""
+ATTENTION_FORWARD, ATTENTION_BACKWARD = (0.58, 1000), (0.53, 2200)
+"""(share, short) of attention: share * T / (T + short); 565 and 507 TFLOP/s at 65,536
+tokens, 511 and 413 at 8,192."""
 BANDWIDTH = 0.9
 """Share of the memory's bandwidth: 4.3 TB/s of 4.8."""
 
@@ -170,7 +171,8 @@ class _Time:
             g.layers * (2 * s.W + self.passes * (4 * s.W + self._again(g)))
             for g in s.plan.groups
         )
-        return s.n * flops / (MATMUL * self.gpu.peak)
+        share = MATMUL_KERNELS if s.kernels else MATMUL
+        return s.n * flops / (share * self.gpu.peak)
 
     def _again(self, group: LayerGroup) -> int:
         """FLOPs a token of the matrix products that a layer's backward runs again."""
@@ -197,6 +199,13 @@ class _Time:
             scores = self._memory(pairs * s.N * 4 * (6 * forward + 15 * backward))
             flops = pairs * s.NH * (4 * forward + 10 * backward)
             return scores + flops / (MATMUL * gpu.peak)
-        rate = gpu.peak * s.T / (s.T + SHORT)
-        shares = 4 * forward / ATTENTION_FORWARD + 10 * backward / ATTENTION_BACKWARD
-        return pairs * s.NH * shares / rate
+        passes = (4 * forward, ATTENTION_FORWARD), (10 * backward, ATTENTION_BACKWARD)
+        return (
+            pairs
+            * s.NH
+            / gpu.peak
+            * sum(
+                flops * (s.T + short) / (share * s.T)
+                for flops, (share, short) in passes
+            )
+        )
