@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from mst_jax.config import Config, ModelConfig, TrainConfig
 from mst_jax.gpus import Gpu
 from mst_jax.ops.attention import choose_implementation
-from mst_jax.ops.linear_cross_entropy import loss_chunk_size
 from mst_jax.ops.swiglu import mlp_chunk_size
 from mst_jax.plan import PRESETS, RESIDUALS, read_groups
 from mst_jax.prediction import Prediction, predict
+from mst_jax.step_memory import default_loss_chunk
 
 GIB = 2**30
 GRAIN = 1024
@@ -68,7 +68,7 @@ def fastest_plan(
         ValueError: nothing fits; with what would be needed and what to change.
     """
     budget = default_budget(gpu) if device_bytes is None else device_bytes, host_bytes
-    found = list(_fitting(cfg, model, gpu, budget, _cuts(cfg, model)))
+    found = list(_fitting(cfg, model, gpu, budget, _cuts(cfg, model, gpu)))
     if not found:
         raise ValueError(_too_long(cfg, model, gpu, budget))
     return min(found, key=lambda item: item[1].step_seconds)
@@ -147,14 +147,14 @@ def memory_limit(
 
 
 def _fits(cfg, model, gpu, budget):
-    cuts = _cuts(cfg, model)
+    cuts = _cuts(cfg, model, gpu)
     finest = [
         c for c in cuts if c["head_groups"] == model.num_kv_heads and not c["prefetch"]
     ]
     return next(_fitting(cfg, model, gpu, budget, finest), None) is not None
 
 
-def _cuts(cfg: Config, model: ModelConfig) -> list[dict[str, int]]:
+def _cuts(cfg: Config, model: ModelConfig, gpu: Gpu) -> list[dict[str, int]]:
     """Return head groups, chunk sizes and prefetch, much memory to little.
 
     The layers run on the whole sequence where it fits, and kernels take it (multiples
@@ -166,7 +166,7 @@ def _cuts(cfg: Config, model: ModelConfig) -> list[dict[str, int]]:
     B, T = cfg.data.batch_size, cfg.data.seq_len
     dtype = jnp.dtype(cfg.train.compute_dtype)
     mlp = mlp_chunk_size(B, model.intermediate_size, dtype)
-    loss = loss_chunk_size(B, model.vocab_size)
+    loss = default_loss_chunk(cfg, model, gpu)
     chunks = [(mlp // part, loss // part) for part in (1, 4, 16)]
     if mlp < T and B * T % 8 == 0:
         chunks.insert(0, (T, loss))
@@ -319,7 +319,7 @@ def _too_long(cfg, model, gpu, budget) -> str:
 def _least(cfg, model, gpu, host_bytes):
     """The candidate of least device memory within the host's; of equals the leanest."""
     L = model.num_layers
-    cut = _cuts(cfg, model)[-1]
+    cut = _cuts(cfg, model, gpu)[-1]
     found = []
     for plan in (p for p in reversed(PURE) if L % _every(p) == 0):
         train = replace(cfg.train, plan=_by_name(plan), **cut)

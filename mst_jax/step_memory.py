@@ -18,12 +18,14 @@ with A a token's arrays and workspace in
       its other branch      A = a (4 N H + 6 K H) + 4 N H    0
     XLA's flash attention   A = a (N H + 4 K H) + 4 N H      0
 
-and whatever is recomputed, kept or waits for its use besides: see the functions. The
-terms are those of `layer.py` and `gradients.py`, held against the buffers that XLA
-assigns. Of 43 compiled steps (Llama3-8B at 16,384 to 1,048,576 tokens, Llama 3.2 1B at
-8,192 to 321,536; every preset, mixtures, all optimizers, T4 to B200; JAX 0.12, three on
-0.11.2) all peaks are within 3.1%, 33 within 0.5%. Since then chunks that do not divide
-the length are predicted too high, in one step of 460,800 tokens by 6.7% (docs/LOG.md).
+and whatever is recomputed, kept or waits for its use besides: see the functions. With
+Hopper's kernels (4 + a) is a, and 6 F is 4 F. The terms are those of `layer.py` and
+`gradients.py`, held against the buffers that XLA assigns. Of 43 compiled steps
+(Llama3-8B at 16,384 to 1,048,576 tokens, Llama 3.2 1B at 8,192 to 321,536; every
+preset, mixtures, all optimizers, T4 to B200; JAX 0.12, three on 0.11.2) all peaks are
+within 3.1%, 33 within 0.5%. Since then chunks that do not divide the length are
+predicted too high, in one step of 460,800 tokens by 6.7%, and small models on the
+kernels by up to 5% (docs/LOG.md).
 
 cuDNN's workspace is measured on an H200, packed on an H100, and assumed elsewhere; a
 compilation without a device leaves it out.
@@ -42,7 +44,8 @@ from mst_jax.mini_sequence import split_length
 from mst_jax.ops import matmul
 from mst_jax.ops.attention import choose_implementation
 from mst_jax.ops.attention.packed import RATIO
-from mst_jax.ops.linear_cross_entropy import loss_chunk_size
+from mst_jax.ops.linear_cross_entropy import loss_chunk_size, mosaic_gpu
+from mst_jax.ops.linear_cross_entropy.xla import Options
 from mst_jax.optim import is_below
 from mst_jax.plan import LayerGroup, Plan
 
@@ -72,7 +75,8 @@ class StepMemory:
         self.cudnn = self._runs_on_cudnn()
         size = split_length(T, layer_chunk_size(cfg, model, B, T))[1]
         self.C, self.ragged = B * size, T % size > 0
-        size = cfg.train.loss_chunk_size or loss_chunk_size(B, self.V)
+        self.head_kernels = head_implementation(cfg, model, gpu) == "mosaic_gpu"
+        size = cfg.train.loss_chunk_size or default_loss_chunk(cfg, model, gpu)
         self.C_loss = B * split_length(T, size)[1]
         self.qkv = self.D * (self.NH + 2 * self.KH)
         self.W = self.qkv + self.NH * self.D + 3 * self.D * self.F
@@ -96,8 +100,7 @@ class StepMemory:
         dtype = jnp.dtype(self.cfg.train.compute_dtype)
         sizes = (self.C, self.D), (self.D, self.F)
         obstacle = matmul.obstacle(*(jax.ShapeDtypeStruct(s, dtype) for s in sizes))
-        asked = self.cfg.train.asked_implementation
-        return asked != "xla" and self.gpu.capability == (9, 0) and obstacle is None
+        return obstacle is None and _may_run_kernels(self.cfg, self.gpu)
 
     @cached_property
     def state(self) -> tuple[int, int, int]:
@@ -167,11 +170,14 @@ class StepMemory:
         return dict(found)
 
     def _head(self) -> dict[str, int]:
-        # f32 logits, and their gradient in x's dtype, or f32 where XLA widens it. A
-        # head of another dtype than its products has a copy in theirs.
-        logits = 4 + self.wide
+        # f32 logits, and their gradient in x's dtype, or f32 where XLA widens it; the
+        # kernels have both in one array. A head of another dtype than its products has
+        # a copy in theirs.
+        logits = self.a if self.head_kernels else 4 + self.wide
         weight = 4 * self._trained("embed" if self.model.tie_embeddings else "lm_head")
         weight += self.wide * self.V * self.D if self.wide != self.w else 0
+        if self.head_kernels and self.model.tie_embeddings and self.C_loss < self.n:
+            weight += self.a * self.V * self.D  # [D, V], as the kernels take it
         hidden = self.n * (3 * self.a * self.D + 4 * self.H)
         held = 4 * self._trained("embed", "lm_head") + self._layer_gradients
         return {
@@ -279,6 +285,25 @@ class StepMemory:
         copies = 3 if self.cfg.optim.moment_dtype == "int8" else 1
         embed = 4 * self._trained("embed") * copies + self.n * self.a * self.D
         return {"gradients": whole + embed}
+
+
+def head_implementation(cfg: Config, model: ModelConfig, gpu: Gpu) -> str:
+    """Return what computes the LM head's loss on a GPU: 'mosaic_gpu' or 'xla'."""
+    options = Options(0.0, None, 0.0, "mosaic_gpu")
+    dtype = jnp.dtype(cfg.train.compute_dtype)
+    obstacle = mosaic_gpu.obstacle(options, model.hidden_size, dtype)
+    runs = obstacle is None and _may_run_kernels(cfg, gpu)
+    return "mosaic_gpu" if runs else "xla"
+
+
+def default_loss_chunk(cfg: Config, model: ModelConfig, gpu: Gpu) -> int:
+    """Return the tokens of the head's chunk that `loss_chunk_size=None` stands for."""
+    how = head_implementation(cfg, model, gpu)
+    return loss_chunk_size(cfg.data.batch_size, model.vocab_size, how)
+
+
+def _may_run_kernels(cfg: Config, gpu: Gpu) -> bool:
+    return gpu.capability == (9, 0) and cfg.train.asked_implementation != "xla"
 
 
 @cache

@@ -21,6 +21,7 @@ from mst_jax.config import (
 from mst_jax.gpus import GPUS, H200_TARGET, find_gpu
 from mst_jax.gradients import make_plan
 from mst_jax.model import init_params
+from mst_jax.ops import matmul
 from mst_jax.planner import (
     GIB,
     GRAIN,
@@ -290,6 +291,23 @@ def test_layers_run_on_the_whole_sequence_where_it_fits():
     for tokens, size in ((32768, 32768), (65536, 65536), (32769, 10923)):
         cfg = fastest_plan(config(tokens), LLAMA, H200)[0]
         assert cfg.train.mlp_chunk_size == size  # kernels take multiples of 8 rows
+
+
+def test_the_heads_chunk_is_that_of_what_computes_it(monkeypatch):
+    monkeypatch.setattr(matmul.mosaic_gpu, "OLDEST_JAX", (0, 0, 0))
+    for gpu, how, size in (
+        ("h200", "auto", 8192), ("h200", "xla", 4096), ("a100-80gb", "auto", 4096),
+    ):  # fmt: skip
+        cfg = config(8192, implementation=how, mlp_chunk_size=1024)
+        train = fastest_plan(cfg, LLAMA, GPUS[gpu])[0].train
+        assert train.loss_chunk_size == size
+    # Their logits are one 16-bit array.
+    ours, xla = (
+        predict(config(8192, implementation=how, loss_chunk_size=4096), LLAMA, H200)
+        for how in ("auto", "xla")
+    )
+    more = xla.phases["head"]["head and loss"] - ours.phases["head"]["head and loss"]
+    assert more == 4096 * LLAMA.vocab_size * 4
 
 
 def test_a_shorter_last_chunk_costs_a_copy():

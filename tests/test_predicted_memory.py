@@ -23,6 +23,7 @@ needs_plugin = pytest.mark.skipif(
 @pytest.mark.parametrize(
     "gpu, cfg",
     [
+        ("h200", config(8192, plan="full")),
         ("h200", config(65536, plan="save_attention")),
         ("h200", config(65536, plan="save_attention", mlp_chunk_size=65536)),
         ("h200", config(32768, plan="none", mlp_chunk_size=32768)),
@@ -48,7 +49,7 @@ needs_plugin = pytest.mark.skipif(
         ),
     ],
     ids=[
-        "save_attention", "whole", "none, whole", "offload", "prefetch", "xla",
+        "head", "save_attention", "whole", "none, whole", "offload", "prefetch", "xla",
         "packed", "packed in groups", "mixture", "T4",
     ],
 )  # fmt: skip
