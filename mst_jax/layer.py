@@ -123,8 +123,10 @@ def _project(p: Weights, x: jax.Array, ctx: Context) -> tuple[jax.Array, ...]:
         new = (_rope(q, *rope), _rope(k, *rope), v)
         return [put_tokens(a, b, start) for a, b in zip(qkv, new, strict=True)]
 
-    empty = [jax.lax.empty((B, T, w.shape[1] // H, H), x.dtype) for w in weights]
-    return tuple(for_chunks(T, ctx.chunk_size, body, empty))
+    # Zeros, though each is written: XLA's scheduler makes arrays that are not filled
+    # as early as it can, before the MLP's backward pass.
+    zeros = [jnp.zeros((B, T, w.shape[1] // H, H), x.dtype) for w in weights]
+    return tuple(for_chunks(T, ctx.chunk_size, body, zeros))
 
 
 @jax.named_scope("qkv")
