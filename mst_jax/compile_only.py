@@ -110,8 +110,7 @@ def _compile(cfg: Config, model: ModelConfig, gpu: Gpu) -> dict[str, int | str]:
     from mst_jax.train_step import init_train_state, make_train_step
 
     # They ask this process's device, which is a CPU.
-    attention._capability = lambda: gpu.capability
-    kernels._capability = lambda: "{}.{}".format(*gpu.capability)
+    attention._capability = kernels._capability = lambda: gpu.capability
 
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=gpu.target, topology="1x1x1"

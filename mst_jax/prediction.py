@@ -2,12 +2,11 @@
 
 Memory is `step_memory.py`'s. Time is the sum of matrix products, attention, kernels
 bound by memory, and the host link; nothing overlaps but the stores to the host, and
-the loads with `prefetch`. The
-shares of the GPU's peak are those of Llama3-8B's steps on an H200: with them the 14
-measured ones of 8,192 to 65,536 tokens (docs/benchmarks) come out within 2.5%. Other
-GPUs are assumed to reach the same shares. XLA's flash attention (`train.attention`,
-T4, packed documents below Hopper) is taken to be bound by the memory traffic of its
-scores. A packed row counts as one document.
+the loads with `prefetch`. The shares of the GPU's peak are those of Llama3-8B's steps
+on an H200: with them the 18 measured ones of 8,192 to 65,536 tokens (docs/benchmarks)
+come out within 3%. Other GPUs are assumed to reach the same shares. XLA's flash
+attention (`train.attention`, T4, packed documents below Hopper) is taken to be bound by
+the memory traffic of its scores. A packed row counts as one document.
 """
 
 from dataclasses import dataclass
@@ -200,12 +199,5 @@ class _Time:
             flops = pairs * s.NH * (4 * forward + 10 * backward)
             return scores + flops / (MATMUL * gpu.peak)
         passes = (4 * forward, ATTENTION_FORWARD), (10 * backward, ATTENTION_BACKWARD)
-        return (
-            pairs
-            * s.NH
-            / gpu.peak
-            * sum(
-                flops * (s.T + short) / (share * s.T)
-                for flops, (share, short) in passes
-            )
-        )
+        flops = sum(n * (1 + short / s.T) / share for n, (share, short) in passes)
+        return pairs * s.NH * flops / gpu.peak

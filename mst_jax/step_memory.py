@@ -24,8 +24,8 @@ of `layer.py` and `gradients.py`, held against the buffers that XLA assigns. Of 
 compiled steps (Llama3-8B at 16,384 to 1,048,576 tokens, Llama 3.2 1B at 8,192 to
 321,536; every preset, mixtures, all optimizers, T4 to B200; JAX 0.12, three on 0.11.2)
 all peaks are within 3.1%, 33 within 0.5%. Since then chunks that do not divide the
-length are predicted too high, in one step of 460,800 tokens by 6.7%, and small models
-on the kernels by up to 5% (docs/LOG.md).
+length are predicted too high, in one step of 460,800 tokens by 6.7%, and Llama 3.2 1B
+on the kernels by up to 14% (docs/LOG.md).
 
 cuDNN's workspace is measured on an H200, packed on an H100, and assumed elsewhere; a
 compilation without a device leaves it out.
@@ -34,18 +34,15 @@ compilation without a device leaves it out.
 from functools import cache, cached_property
 from math import prod
 
-import jax
 import jax.numpy as jnp
 
 from mst_jax.config import Config, ModelConfig
 from mst_jax.gpus import Gpu
 from mst_jax.gradients import layer_chunk_size, make_plan
 from mst_jax.mini_sequence import split_length
-from mst_jax.ops import matmul
+from mst_jax.ops import linear_cross_entropy, swiglu
 from mst_jax.ops.attention import choose_implementation
 from mst_jax.ops.attention.packed import RATIO
-from mst_jax.ops.linear_cross_entropy import loss_chunk_size, mosaic_gpu
-from mst_jax.ops.linear_cross_entropy.xla import Options
 from mst_jax.optim import is_below
 from mst_jax.plan import LayerGroup, Plan
 
@@ -97,10 +94,11 @@ class StepMemory:
         return (asked or name) == "cudnn"
 
     def _runs_hopper_kernels(self) -> bool:
-        dtype = jnp.dtype(self.cfg.train.compute_dtype)
-        sizes = (self.C, self.D), (self.D, self.F)
-        obstacle = matmul.obstacle(*(jax.ShapeDtypeStruct(s, dtype) for s in sizes))
-        return obstacle is None and _may_run_kernels(self.cfg, self.gpu)
+        name, _ = swiglu.choose_implementation(
+            jnp.dtype(self.cfg.train.compute_dtype), self.D, self.F, rows=self.C,
+            capability=self.gpu.capability,
+        )  # fmt: skip
+        return (self.cfg.train.asked_implementation or name) == name == "mosaic_gpu"
 
     @cached_property
     def state(self) -> tuple[int, int, int]:
@@ -292,21 +290,19 @@ class StepMemory:
 
 def head_implementation(cfg: Config, model: ModelConfig, gpu: Gpu) -> str:
     """Return what computes the LM head's loss on a GPU: 'mosaic_gpu' or 'xla'."""
-    options = Options(0.0, None, 0.0, "mosaic_gpu")
     dtype = jnp.dtype(cfg.train.compute_dtype)
-    obstacle = mosaic_gpu.obstacle(options, model.hidden_size, dtype)
-    runs = obstacle is None and _may_run_kernels(cfg, gpu)
-    return "mosaic_gpu" if runs else "xla"
+    name, _ = linear_cross_entropy.choose_implementation(
+        model.hidden_size, dtype, capability=gpu.capability
+    )
+    return "xla" if cfg.train.asked_implementation == "xla" else name
 
 
 def default_loss_chunk(cfg: Config, model: ModelConfig, gpu: Gpu) -> int:
     """Return the tokens of the head's chunk that `loss_chunk_size=None` stands for."""
     how = head_implementation(cfg, model, gpu)
-    return loss_chunk_size(cfg.data.batch_size, model.vocab_size, how)
-
-
-def _may_run_kernels(cfg: Config, gpu: Gpu) -> bool:
-    return gpu.capability == (9, 0) and cfg.train.asked_implementation != "xla"
+    return linear_cross_entropy.loss_chunk_size(
+        cfg.data.batch_size, model.vocab_size, how
+    )
 
 
 @cache

@@ -100,7 +100,7 @@ def hopper(monkeypatch):
     """A GPU with the kernels, as far as the choice goes."""
     monkeypatch.setattr(matmul.mosaic_gpu, "OLDEST_JAX", (0, 0, 0))
     for op in (swiglu, linear_cross_entropy):
-        monkeypatch.setattr(op.api, "device_obstacle", lambda: None)
+        monkeypatch.setattr(op.api, "device_obstacle", lambda *_: None)
 
 
 def one_sequence(chunk, length=512, **train):

@@ -34,7 +34,7 @@ def kernels(monkeypatch):
     """Let the kernels run here: as they are on a GPU, interpreted elsewhere."""
     if ON_GPU:
         return
-    monkeypatch.setattr(api, "device_obstacle", lambda: None)
+    monkeypatch.setattr(api, "device_obstacle", lambda *_: None)
 
 
 @contextmanager
@@ -298,7 +298,7 @@ def test_lowers_for_cuda_at_8b_width(kernels, options):
 COMPILE = """
 from mst_jax import linear_cross_entropy
 from mst_jax.ops.linear_cross_entropy import api
-api.device_obstacle = lambda: None
+api.device_obstacle = lambda *_: None
 def loss(x, w, y):
     return linear_cross_entropy(
         x, w, y, chunk_size=4096, implementation="mosaic_gpu")[0]

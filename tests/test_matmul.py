@@ -214,7 +214,7 @@ def test_sum_of_products():
     rounded = errors(want.astype(BF16), want)[0]
     for how in ("xla", "mosaic_gpu"):
         with pytest.MonkeyPatch.context() as patch, interpreted():
-            patch.setattr(core, "_capability", lambda: "9.0")
+            patch.setattr(core, "_capability", lambda: (9, 0))
             got = jax.jit(run, static_argnums=1)(pairs, how)
         assert got.dtype == BF16
         assert errors(got, want)[0] <= 1.01 * rounded + 2e-6

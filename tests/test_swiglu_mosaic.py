@@ -35,7 +35,7 @@ LONG = 160_000  # times F: more than 2^31 elements
 def kernels(monkeypatch):
     """Let the kernels run here: as they are on a GPU, interpreted elsewhere."""
     if not ON_GPU:
-        monkeypatch.setattr(api, "device_obstacle", lambda: None)
+        monkeypatch.setattr(api, "device_obstacle", lambda *_: None)
 
 
 def make(C, D, F, B=1):
@@ -184,7 +184,7 @@ def test_obstacles_have_names(kernels):
 
 LOOP = """
 from mst_jax.ops.swiglu import api, swiglu
-api.device_obstacle = lambda: None
+api.device_obstacle = lambda *_: None
 T, D, F = 65536, 4096, 14336
 def run(x, weights, dy):
     def fn(x, *weights):

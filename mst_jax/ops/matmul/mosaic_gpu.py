@@ -52,19 +52,25 @@ def obstacle(*arrays: jax.Array | jax.ShapeDtypeStruct) -> str | None:
     return None
 
 
-def device_obstacle() -> str | None:
-    """Return why this process's device cannot run the kernels, or None."""
-    capability = _capability()
+def device_obstacle(capability: tuple[int, int] | None = None) -> str | None:
+    """Return why a GPU cannot run the kernels, or None.
+
+    `capability` is that of another GPU than this process's.
+    """
+    capability = capability or _capability()
     if capability is None:
         return f"there is no GPU ({jax.default_backend()})"
-    if capability != "9.0":
-        return f"compute capability {capability} is not 9.0 (Hopper)"
+    if capability != (9, 0):
+        major, minor = capability
+        return f"compute capability {major}.{minor} is not 9.0 (Hopper)"
     return None
 
 
-def _capability() -> str | None:
-    on_gpu = jax.default_backend() == "gpu"
-    return jax.local_devices()[0].compute_capability if on_gpu else None
+def _capability() -> tuple[int, int] | None:
+    if jax.default_backend() != "gpu":
+        return None
+    major, minor = jax.local_devices()[0].compute_capability.split(".")
+    return int(major), int(minor)
 
 
 def tiled_matmul(

@@ -124,17 +124,17 @@ def mlp_backward(
 
 def choose_implementation(
     dtype: Any, hidden_size: int, ffn_size: int, *, rows: int,
-    activation: str = "silu", by_name: bool = False,
+    activation: str = "silu", by_name: bool = False, capability: Any = None,
 ) -> tuple[str, str]:  # fmt: skip
     """Return ('xla' or 'mosaic_gpu', why), as `swiglu` chooses for a chunk here.
 
-    `rows` is B C; `by_name` is whether the kernels were asked for.
+    `rows` is B C; `by_name`: the kernels were asked for; `capability`: of another GPU.
     """
     if not (MOSAIC_GPU_BY_DEFAULT or by_name):
         return "xla", "'mosaic_gpu' is not the default yet"
     x = jax.ShapeDtypeStruct((rows, hidden_size), dtype)
     w_gate = jax.ShapeDtypeStruct((hidden_size, ffn_size), dtype)
-    reason = mosaic_gpu.obstacle(activation, x, w_gate) or device_obstacle()
+    reason = mosaic_gpu.obstacle(activation, x, w_gate) or device_obstacle(capability)
     return ("xla", reason) if reason else ("mosaic_gpu", "this GPU has it")
 
 

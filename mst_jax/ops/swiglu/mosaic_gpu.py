@@ -9,8 +9,8 @@
 
 XLA writes gate and up, reads them again and, in the backward pass, makes two or three
 passes over [C, F] arrays for h, dgate and dup. Here gate and up are f32 from the
-products to the end. A single product is cuBLAS's where it needs no pass more than ours:
-its sum is a pass of its own, and it reads a copy of the weights (docs/LOG.md).
+products to the end. dh is cuBLAS's, which is faster at a product alone; for y it would
+copy W_down and add the residual in a pass of its own (docs/LOG.md).
 """
 
 from functools import partial
