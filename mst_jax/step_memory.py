@@ -19,13 +19,13 @@ with A a token's arrays and workspace in
     XLA's flash attention   A = a (N H + 4 K H) + 4 N H      0
 
 and whatever is recomputed, kept or waits for its use besides: see the functions. With
-Hopper's kernels (4 + a) is a, and on a whole sequence 6 F is 3.5 F. The terms are those
-of `layer.py` and `gradients.py`, held against the buffers that XLA assigns. Of 43
+Hopper's kernels (4 + a) is a, and 6 F is 4 F, of a whole sequence 3.5 F. The terms are
+those of `layer.py` and `gradients.py`, held against the buffers that XLA assigns. Of 43
 compiled steps (Llama3-8B at 16,384 to 1,048,576 tokens, Llama 3.2 1B at 8,192 to
 321,536; every preset, mixtures, all optimizers, T4 to B200; JAX 0.12, three on 0.11.2)
 all peaks are within 3.1%, 33 within 0.5%. Since then chunks that do not divide the
 length are predicted too high, in one step of 460,800 tokens by 6.7%, and Llama 3.2 1B
-on the kernels by up to 14% (docs/LOG.md).
+on the kernels by up to 5.2% (docs/LOG.md).
 
 cuDNN's workspace is measured on an H200, packed on an H100, and assumed elsewhere; a
 compilation without a device leaves it out.
@@ -240,11 +240,11 @@ class StepMemory:
         if self.ragged:
             token += a * self.D  # the last, shorter chunk rewrites a copy of dh
         # gate, up, the gradient of hidden, and what one kernel makes of them: hidden,
-        # dgate, dup. On a whole sequence Hopper's kernels take 3 to 4 on JAX 0.12 and
-        # 0.11.2.
-        wide = 4 if "gate_up" in kept else 6
+        # dgate, dup. Hopper's kernels never write gate and up; of a whole sequence they
+        # take 3 to 4 such arrays, on JAX 0.12 and 0.11.2.
+        wide = 4 if "gate_up" in kept or self.kernels else 6
         if single and self.kernels:
-            wide = min(wide, 3.5)
+            wide = 3.5
         chunk = self.C * int(wide * self.wide * self.F + 2 * a * self.D)
         # A single chunk has no sums to add to.
         sums = 0 if single else 12 * self.D * self.F
