@@ -283,8 +283,14 @@ def test_more_memory_is_never_slower():
     assert speeds == sorted(speeds) and speeds[0] < speeds[-1]
 
 
-def test_chunks_are_equal_where_they_can_be():
-    for tokens, budget in ((65536, 26), (100000, 31), (782 * 1024, 135)):
+@pytest.fixture(params=[(0, 0, 0), (99, 0, 0)], ids=["kernels", "xla"])
+def either_jax(request, monkeypatch):
+    """As on a JAX that has the Hopper kernels, and as on one that has not."""
+    monkeypatch.setattr(matmul.mosaic_gpu, "OLDEST_JAX", request.param)
+
+
+def test_chunks_are_equal_where_they_can_be(either_jax):
+    for tokens, budget in ((65536, 24), (100000, 29), (782 * 1024, 135)):
         cfg, _ = fastest_plan(config(tokens), LLAMA, H200, budget * GIB, 400 * GIB)
         train = cfg.train
         assert tokens % train.mlp_chunk_size == tokens % train.loss_chunk_size == 0
@@ -292,7 +298,7 @@ def test_chunks_are_equal_where_they_can_be():
     assert fastest_plan(config(65537), LLAMA, H200)[0].train.mlp_chunk_size == 16384
 
 
-def test_layers_run_on_the_whole_sequence_where_it_fits():
+def test_layers_run_on_the_whole_sequence_where_it_fits(either_jax):
     for tokens, size in ((32768, 32768), (65536, 65536), (32769, 10923)):
         cfg = fastest_plan(config(tokens), LLAMA, H200)[0]
         assert cfg.train.mlp_chunk_size == size  # kernels take multiples of 8 rows
