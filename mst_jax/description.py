@@ -53,7 +53,7 @@ def _attention(cfg: Config, model: ModelConfig) -> tuple[str, str]:
 def _head(cfg: Config, model: ModelConfig) -> tuple[str, str]:
     what = model.hidden_size, jnp.dtype(cfg.train.compute_dtype)
     if asked := cfg.train.asked_implementation:
-        name, reason = linear_cross_entropy.choose_implementation(*what, by_name=True)
+        name, reason = linear_cross_entropy.choose_implementation(*what)
         if asked == "mosaic_gpu" != name:
             raise NotImplementedError(
                 f"TrainConfig.implementation={asked!r} cannot compute the LM head's "
@@ -71,7 +71,7 @@ def _mlp(cfg: Config, model: ModelConfig) -> tuple[str, str]:
         jnp.dtype(cfg.train.compute_dtype), model.hidden_size, model.intermediate_size
     )  # fmt: skip
     if asked := cfg.train.asked_implementation:
-        choose = partial(swiglu.choose_implementation, *what, by_name=True)
+        choose = partial(swiglu.choose_implementation, *what)
         for size in filter(None, sizes):
             name, reason = choose(rows=batch * size)
             if asked == "mosaic_gpu" != name:

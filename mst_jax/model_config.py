@@ -7,13 +7,16 @@ read or downloaded.
 import difflib
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+_hints = cache(get_type_hints)  # the planner makes thousands of configurations
 
 
 def check_types(owner: Any) -> None:
     """Hold every field to its annotation; numbers are finite, strings not empty."""
-    for name, hint in get_type_hints(type(owner)).items():
+    for name, hint in _hints(type(owner)).items():
         value = getattr(owner, name)
         if get_origin(hint) is Literal:
             one_of(owner, name, get_args(hint))
@@ -49,7 +52,7 @@ def positive(owner: Any, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         if value is not None and value <= 0:
-            nullable = NoneType in get_args(get_type_hints(type(owner))[name])
+            nullable = NoneType in get_args(_hints(type(owner))[name])
             fail(owner, name, "must be positive" + (", or None" if nullable else ""))
 
 

@@ -19,7 +19,6 @@ from test_gpu import errors as errors_on_device
 from test_gpu import make_batch, step_config, two_layers
 
 from mst_jax.model import init_params
-from mst_jax.ops.linear_cross_entropy import api as loss_api
 from mst_jax.ops.swiglu import api, mlp_backward, mlp_forward, mosaic_gpu, swiglu
 from mst_jax.sharding import make_mesh
 from mst_jax.train_step import make_gradients
@@ -117,24 +116,22 @@ def test_chunks(kernels):
 
 @needs_pallas
 @pytest.mark.parametrize("chunk_size", [50, 67])
-def test_chunks_that_tma_cannot_move(kernels, monkeypatch, chunk_size):
+def test_chunks_that_tma_cannot_move(kernels, chunk_size):
     # 200 tokens are a multiple of 8; chunks of 50 and of 67 are not, and the next
     # multiples are more than was asked for.
     x, weights, dy = make(200, 64, 128)
     with pytest.raises(NotImplementedError, match="multiples of 8 and 64"):
         swiglu(x, *weights, chunk_size=chunk_size, implementation="mosaic_gpu")
-    monkeypatch.setattr(api, "MOSAIC_GPU_BY_DEFAULT", True)
     run = partial(value_and_gradients, chunk_size=chunk_size)
     got, want = run(None, x, weights, dy), run("xla", x, weights, dy)
     assert max(errors(got, want)) == 0
 
 
 @needs_pallas
-def test_no_chunks_is_xlas(kernels, monkeypatch):
+def test_no_chunks_is_xlas(kernels):
     x, weights, _ = make(64, 64, 64)
     with pytest.raises(NotImplementedError, match="chunk_size=0"):
         swiglu(x, *weights, chunk_size=0, implementation="mosaic_gpu")
-    monkeypatch.setattr(api, "MOSAIC_GPU_BY_DEFAULT", True)
     assert swiglu(x, *weights, chunk_size=0).shape == x.shape
 
 
@@ -147,7 +144,6 @@ def test_none_takes_the_kernels_where_they_can(kernels, monkeypatch):
         return args[1], None
 
     monkeypatch.setattr(mosaic_gpu, "forward", forward)
-    monkeypatch.setattr(api, "MOSAIC_GPU_BY_DEFAULT", True)
     assert api.choose_implementation(BF16, 64, 128, rows=64)[0] == "mosaic_gpu"
     name, why = api.choose_implementation(BF16, 64, 128, rows=60)
     assert name == "xla" and "(60, 64)" in why
@@ -157,9 +153,6 @@ def test_none_takes_the_kernels_where_they_can(kernels, monkeypatch):
     swiglu(x, *weights, implementation="xla")
     swiglu(x, *weights, activation="gelu")
     swiglu(x[:, :60], *weights)
-    assert len(called) == 1
-    monkeypatch.setattr(api, "MOSAIC_GPU_BY_DEFAULT", False)
-    swiglu(x, *weights)
     assert len(called) == 1
     swiglu(x, *weights, implementation="mosaic_gpu")
     assert len(called) == 2
@@ -273,7 +266,7 @@ def test_more_than_2_to_the_31_elements():
 
 
 @pytest.mark.gpu
-def test_a_models_gradients_at_8b_width(monkeypatch):
+def test_a_models_gradients_at_8b_width():
     model, batch = two_layers(), make_batch(STEP_TOKENS)
     batch = jax.tree.map(lambda a: a[None], batch)
     params = jax.jit(
@@ -281,9 +274,10 @@ def test_a_models_gradients_at_8b_width(monkeypatch):
     )()
 
     def gradients(kernels, dtype="bfloat16", **train):
-        for module in (api, loss_api):
-            monkeypatch.setattr(module, "MOSAIC_GPU_BY_DEFAULT", kernels)
-        cfg = step_config("save_attention", compute_dtype=dtype, **train)
+        how = "mosaic_gpu" if kernels else "xla"
+        cfg = step_config(
+            "save_attention", compute_dtype=dtype, implementation=how, **train
+        )
         like = jax.tree.map(lambda p: p.astype(dtype), params)
         jit = jit_reference if dtype == "float32" else jax.jit
         fn = jit(make_gradients(cfg, model, make_mesh(cfg.mesh)))

@@ -153,7 +153,6 @@ def choose_implementation(
     *,
     logit_softcap: float | None = None,
     label_smoothing: float = 0.0,
-    by_name: bool = False,
     capability: tuple[int, int] | None = None,
 ) -> tuple[str, str]:
     """Return ('xla' or 'mosaic_gpu', why), as `linear_cross_entropy` chooses here.
@@ -163,11 +162,8 @@ def choose_implementation(
         dtype: of the hidden states.
         logit_softcap: as in `linear_cross_entropy`.
         label_smoothing: as in `linear_cross_entropy`.
-        by_name: whether the kernels were asked for.
         capability: that of another GPU, to choose as it would be there.
     """
-    if not (MOSAIC_GPU_BY_DEFAULT or by_name):
-        return "xla", "'mosaic_gpu' is not the default yet"
     options = Options(0.0, logit_softcap, label_smoothing, "mosaic_gpu")
     obstacle = mosaic_gpu.obstacle(options, width, dtype)
     obstacle = obstacle or device_obstacle(capability)

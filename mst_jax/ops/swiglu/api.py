@@ -23,9 +23,6 @@ from mst_jax.mini_sequence import (
 from mst_jax.ops.matmul import device_obstacle
 from mst_jax.ops.swiglu import mosaic_gpu, xla
 
-MOSAIC_GPU_BY_DEFAULT = True
-"""Whether None means the kernels where they can run: if they were measured faster."""
-
 _HOW = {"xla": xla, "mosaic_gpu": mosaic_gpu}
 
 
@@ -124,14 +121,12 @@ def mlp_backward(
 
 def choose_implementation(
     dtype: Any, hidden_size: int, ffn_size: int, *, rows: int,
-    activation: str = "silu", by_name: bool = False, capability: Any = None,
+    activation: str = "silu", capability: Any = None,
 ) -> tuple[str, str]:  # fmt: skip
     """Return ('xla' or 'mosaic_gpu', why), as `swiglu` chooses for a chunk here.
 
-    `rows` is B C; `by_name`: the kernels were asked for; `capability`: of another GPU.
+    `rows` is B C; `capability`: of another GPU.
     """
-    if not (MOSAIC_GPU_BY_DEFAULT or by_name):
-        return "xla", "'mosaic_gpu' is not the default yet"
     x = jax.ShapeDtypeStruct((rows, hidden_size), dtype)
     w_gate = jax.ShapeDtypeStruct((hidden_size, ffn_size), dtype)
     reason = mosaic_gpu.obstacle(activation, x, w_gate) or device_obstacle(capability)
@@ -143,7 +138,7 @@ def _choose(implementation, activation, x, w_gate) -> str:
         raise ValueError(f"{activation=} is not one of {tuple(xla.ACTIVATIONS)}")
     reason = mosaic_gpu.obstacle(activation, x, w_gate) or device_obstacle()
     if implementation is None:
-        return "mosaic_gpu" if MOSAIC_GPU_BY_DEFAULT and not reason else "xla"
+        return "xla" if reason else "mosaic_gpu"
     if implementation not in _HOW:
         raise NotImplementedError(f"{implementation=} is not one of {tuple(_HOW)}")
     if implementation == "mosaic_gpu" and reason:
