@@ -5,12 +5,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from mst_jax.chunk_loop import loop_chunks
 from mst_jax.compile_cache import CompileCache
 from mst_jax.config import Config, ModelConfig
 from mst_jax.data import Data
 from mst_jax.gradients import layer_chunk_size, make_plan
 from mst_jax.metrics import peak_flops
-from mst_jax.mini_sequence import loop_chunks, split_length
+from mst_jax.mini_sequence import split_length
 from mst_jax.ops import attention, linear_cross_entropy, swiglu
 
 LABEL = 12

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mst_jax.config import Config, ModelConfig
-from mst_jax.layer import Context
+from mst_jax.layer import Context, layer_forward
 from mst_jax.ops.attention import find_documents
 from mst_jax.ops.linear_cross_entropy import linear_cross_entropy
 from mst_jax.ops.rms_norm import rms_norm
@@ -57,14 +57,43 @@ def forward(
         batch: `tokens` and `labels` int [B, T], labels already shifted and -100 where
             there is none; optionally `positions` and `segment_ids`.
     """
-    tokens = batch["tokens"]
-    B, T = tokens.shape
+    plan, ctx = make_plan(cfg, model), _context(cfg, model, batch)
+    y, kept = stack_forward(plan, weights_at, _embed(cfg, rest, batch), ctx)
+
+    names = ("final_norm", "embed" if model.tie_embeddings else "lm_head")
+    head, frozen = split_frozen({n: rest[n] for n in names}, cfg.optim.freeze)
+
+    def loss(head, y):
+        return _loss(cfg, model, join_frozen(head, frozen), y, batch["labels"])
+
+    total, vjp, count = jax.vjp(loss, head, y, has_aux=True)
+    d_head, dy = vjp(jnp.ones_like(total))
+    return Forward(plan, ctx, kept, total, count, d_head, dy)
+
+
+def evaluate(
+    cfg: Config, model: ModelConfig, rest: Any, weights_at: WeightsAt, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """Return (sum of the losses, labels that count) of a batch, f32.
+
+    As `forward`, in its chunks and head groups, with nothing kept.
+    """
+    ctx = _context(cfg, model, batch)
+
+    def layer(i, x):
+        return layer_forward(weights_at(i), x, ctx)[0]
+
+    y = jax.lax.fori_loop(0, model.num_layers, layer, _embed(cfg, rest, batch))
+    return _loss(cfg, model, rest, y, batch["labels"])
+
+
+def _context(cfg: Config, model: ModelConfig, batch: Batch) -> Context:
+    B, T = batch["tokens"].shape
     positions = batch.get("positions")
     if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
+        positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     segment_ids = batch.get("segment_ids")
-    plan = make_plan(cfg, model)
-    ctx = Context(
+    return Context(
         cfg=model,
         rope=jax.named_scope("rope")(rope_tables)(
             model.rope, model.head_size, positions
@@ -75,29 +104,25 @@ def forward(
         attention_implementation=cfg.train.asked_attention,
         implementation=cfg.train.asked_implementation,
     )
-    with jax.named_scope("embed"):
-        x = rest["embed"]["embedding"][tokens].astype(cfg.train.compute_dtype)
-    y, kept = stack_forward(plan, weights_at, x, ctx)
 
-    names = ("final_norm", "embed" if model.tie_embeddings else "lm_head")
-    head, frozen = split_frozen({n: rest[n] for n in names}, cfg.optim.freeze)
 
-    @jax.named_scope("head")
-    def loss(head, y):
-        head = join_frozen(head, frozen)
-        scale = head["final_norm"]["scale"]
-        with jax.named_scope("norm"):
-            hidden = rms_norm(y, scale, eps=model.rms_norm_eps)
-        tied = model.tie_embeddings
-        weight = head["embed"]["embedding"] if tied else head["lm_head"]["kernel"]
-        return linear_cross_entropy(
-            hidden, weight, batch["labels"], chunk_size=cfg.train.loss_chunk_size,
-            implementation=cfg.train.asked_implementation, transposed=tied,
-        )  # fmt: skip
+@jax.named_scope("embed")
+def _embed(cfg: Config, rest: Any, batch: Batch) -> jax.Array:
+    return rest["embed"]["embedding"][batch["tokens"]].astype(cfg.train.compute_dtype)
 
-    total, vjp, count = jax.vjp(loss, head, y, has_aux=True)
-    d_head, dy = vjp(jnp.ones_like(total))
-    return Forward(plan, ctx, kept, total, count, d_head, dy)
+
+@jax.named_scope("head")
+def _loss(
+    cfg: Config, model: ModelConfig, rest: Any, y: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    with jax.named_scope("norm"):
+        hidden = rms_norm(y, rest["final_norm"]["scale"], eps=model.rms_norm_eps)
+    tied = model.tie_embeddings
+    weight = rest["embed"]["embedding"] if tied else rest["lm_head"]["kernel"]
+    return linear_cross_entropy(
+        hidden, weight, labels, chunk_size=cfg.train.loss_chunk_size,
+        implementation=cfg.train.asked_implementation, transposed=tied,
+    )  # fmt: skip
 
 
 def make_plan(cfg: Config, model: ModelConfig) -> Plan:

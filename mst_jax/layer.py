@@ -23,13 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mst_jax.chunk_loop import for_chunks, loop_chunks, put_tokens, take_tokens
 from mst_jax.config import ModelConfig
-from mst_jax.mini_sequence import (
-    for_chunks,
-    loop_chunks,
-    put_tokens,
-    take_tokens,
-)
 from mst_jax.ops.attention import Documents, attention_backward, attention_forward
 from mst_jax.ops.matmul import sum_of_products
 from mst_jax.ops.rms_norm import rms_norm

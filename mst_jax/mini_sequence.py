@@ -22,6 +22,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer, eval_jaxpr
 
 CHUNK_BYTES = 2**31
 """Budget of one chunk's intermediates when no chunk size is given."""
@@ -36,8 +38,9 @@ def split_length(length: int, chunk_size: int) -> tuple[int, int]:
     unless that is more than `chunk_size`: 4096 in chunks of at most 1000 are 4 of 824
     and one of 800. M * C - length, below C, is what the last chunk lacks.
     """
-    if chunk_size < 1:
-        raise ValueError(f"{chunk_size=} must be at least 1 token")
+    whole = isinstance(chunk_size, int | np.integer)
+    if not whole or chunk_size < 1:
+        raise ValueError(f"{chunk_size=} must be a whole number of tokens, 1 or more")
     num_chunks = max(1, -(-length // chunk_size))
     size = -(-length // num_chunks)
     rounded = -(-size // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -79,29 +82,62 @@ def mini_sequence(
         The pytree that `fn(params, x)` returns.
 
     Raises:
-        ValueError: x has no arrays, or arrays of different lengths along `axis`, or
-            chunk_size is not positive.
+        ValueError: x has no arrays, or arrays of different lengths along `axis`; fn
+            returns another length than it gets; chunk_size is no positive integer.
     """
     params, x = jax.tree.map(jnp.asarray, (params, x))
-    length = _length(x, axis)
+    length, fn = _length(x, axis), _position_wise(fn, axis)
     if chunk_size is None:
         chunk_size = auto_chunk_size(bytes_per_token(fn, params, x, axis))
     num_chunks, size = split_length(length, chunk_size)
     if num_chunks == 1:
         return jax.checkpoint(fn)(params, x)
     chunks = to_chunks(x, num_chunks, size, axis)
-    one_chunk = jax.tree.map(lambda a: a[0], chunks)
-    # What fn closes over is differentiated too: it becomes one more parameter.
-    fn, closed_over = jax.closure_convert(fn, params, one_chunk)
-    closed_over = [jnp.asarray(c) for c in closed_over]
-    y = _map_chunks(fn, (params, closed_over), chunks)
+    y = _map_chunks(*_closed(fn, params, chunks), chunks)
     return jax.tree.map(lambda leaf: from_chunks(leaf, length, axis), y)
+
+
+def _position_wise(fn: Any, axis: int) -> Any:
+    """Return fn, refusing results of another length than its input."""
+
+    def checked(params, x):
+        length, y = _length(x, axis), fn(params, x)
+        for shape in map(jnp.shape, jax.tree.leaves(y)):
+            if not -len(shape) <= axis < len(shape) or shape[axis] != length:
+                raise ValueError(
+                    f"fn is not position-wise: of {length} tokens along {axis=} of x "
+                    f"it makes an array of shape {shape}"
+                )
+        return y
+
+    return checked
+
+
+def _closed(fn: Any, params: Any, chunks: Any) -> tuple[Any, Any]:
+    """Make what fn closes over one more parameter, if it is traced: return both.
+
+    It is differentiated too, and a custom_vjp's function may hold no traced value, also
+    no integer, which `jax.closure_convert` leaves in place.
+    """
+    one_chunk = jax.tree.map(lambda a: a[0], chunks)
+    closed, y = jax.make_jaxpr(fn, return_shape=True)(params, one_chunk)
+    jaxpr, treedef = closed.jaxpr, jax.tree.structure(y)
+    traced = [jnp.asarray(c) for c in closed.consts if isinstance(c, Tracer)]
+    consts = [None if isinstance(c, Tracer) else c for c in closed.consts]
+
+    def converted(params, chunk):
+        params, traced = params
+        given = iter(traced)
+        whole = [next(given) if c is None else c for c in consts]
+        y = eval_jaxpr(jaxpr, whole, *jax.tree.leaves((params, chunk)))
+        return jax.tree.unflatten(treedef, y)
+
+    return converted, (params, traced)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _map_chunks(fn: Any, params: Any, chunks: Any) -> Any:
-    params, closed_over = params
-    return jax.lax.map(lambda chunk: fn(params, chunk, *closed_over), chunks)
+    return jax.lax.map(partial(fn, params), chunks)
 
 
 def _map_forward(fn: Any, params: Any, chunks: Any) -> Any:
@@ -117,8 +153,7 @@ def _map_backward(fn: Any, residuals: Any, dy: Any) -> Any:
         floats, others, dy = inputs
 
         def recompute(params, floats):
-            params, closed_over = rebuild_params(params)
-            return fn(params, rebuild_chunk(floats, others), *closed_over)
+            return fn(rebuild_params(params), rebuild_chunk(floats, others))
 
         dparams, dfloats = jax.vjp(recompute, params, floats)[1](dy)
         return [t + d.astype(t.dtype) for t, d in zip(total, dparams, strict=True)], (
@@ -193,10 +228,7 @@ def mini_sequence_sum(
         sums = fn(params, *chunk)
         return jax.tree.map(lambda s: s.astype(_wide_dtype(s.dtype)), sums)
 
-    one_chunk = jax.tree.map(lambda a: a[0], chunks)
-    converted, closed_over = jax.closure_convert(widened, params, one_chunk)
-    closed_over = [jnp.asarray(c) for c in closed_over]
-    sums = _map_chunks(converted, (params, closed_over), chunks)
+    sums = _map_chunks(*_closed(widened, params, chunks), chunks)
     return jax.tree.map(lambda s: s.sum(0), sums)
 
 
@@ -227,7 +259,11 @@ def _written(jaxpr: Any) -> int:
 
 
 def _length(x: Any, axis: int) -> int:
-    lengths = {leaf.shape[axis] for leaf in jax.tree.leaves(x)}
+    shapes = [leaf.shape for leaf in jax.tree.leaves(x)]
+    for shape in shapes:
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(f"{axis=} is no axis of an array of shape {shape} in x")
+    lengths = {shape[axis] for shape in shapes}
     if len(lengths) != 1:
         raise ValueError(
             f"x must hold arrays of one length along {axis=}, got {sorted(lengths)}"
@@ -236,9 +272,8 @@ def _length(x: Any, axis: int) -> int:
 
 
 def _wide_dtype(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, "float32") if jnp.issubdtype(
-        dtype, jnp.floating
-    ) else dtype  # fmt: skip
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    return jnp.promote_types(dtype, "float32") if floating else dtype
 
 
 def to_chunks(x: Any, num_chunks: int, size: int, axis: int) -> Any:
@@ -262,49 +297,3 @@ def from_chunks(y: jax.Array, length: int, axis: int) -> jax.Array:
     y = jnp.moveaxis(y, 0, ax)
     y = y.reshape(*y.shape[:ax], -1, *y.shape[ax + 2 :])
     return jax.lax.slice_in_dim(y, 0, length, axis=ax)
-
-
-def for_chunks(
-    length: int, chunk_size: int, body: Callable[[Any, Any, int], Any], carry: Any
-) -> Any:
-    """Fold `carry = body(carry, start, size)` over chunks of a sequence.
-
-    For loops that read and rewrite whole sequences in place, with `take_tokens` and
-    `put_tokens`, where a scan would copy them into chunks and back.
-
-    Args:
-        length: T.
-        chunk_size: most tokens of a chunk.
-        body: gets the carry, the chunk's first token (traced) and its size (an int).
-        carry: pytree of arrays.
-
-    Returns:
-        The last carry. Chunks are those of `split_length`, the last one may be shorter.
-    """
-    size, rest = loop_chunks(length, chunk_size)
-    whole = length // size
-    if whole == 1:
-        carry = body(carry, 0, size)
-    else:
-        carry = jax.lax.fori_loop(
-            0, whole, lambda i, carry: body(carry, i * size, size), carry
-        )
-    if rest:
-        carry = body(carry, whole * size, rest)
-    return carry
-
-
-def loop_chunks(length: int, chunk_size: int) -> tuple[int, int]:
-    """Return the tokens of `for_chunks`' chunks, and of a shorter last one or 0."""
-    _, size = split_length(length, chunk_size)
-    return size, length % size
-
-
-def take_tokens(x: jax.Array, start: Any, size: int) -> jax.Array:
-    """Return tokens start .. start + size of [B, T, ...]."""
-    return jax.lax.dynamic_slice_in_dim(x, start, size, 1)
-
-
-def put_tokens(x: jax.Array, chunk: jax.Array, start: Any) -> jax.Array:
-    """Return [B, T, ...] with a chunk written at token `start`."""
-    return jax.lax.dynamic_update_slice_in_dim(x, chunk.astype(x.dtype), start, 1)

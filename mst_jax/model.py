@@ -11,7 +11,6 @@ keeps each layer's input and computes the rest again. Training runs the same lay
 through `stack.py`, which keeps what a plan says.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -158,7 +157,6 @@ class Llama(nnx.Module):
         mlp_chunk_size: int | None = None,
         mlp_implementation: str | None = None,
         implementation: str | None = None,
-        gather: Callable[[Any], Any] = lambda layer: layer,
     ) -> Float[Array, "B T D"]:
         """Return the hidden states after the final norm.
 
@@ -169,7 +167,6 @@ class Llama(nnx.Module):
             mlp_chunk_size: tokens of an MLP chunk; None by byte budget, 0 whole.
             mlp_implementation: see `ops.swiglu`.
             implementation: of attention, see `ops.attention`.
-            gather: applied to one layer's state before it is used (FSDP).
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -178,7 +175,7 @@ class Llama(nnx.Module):
         graph, state = nnx.split(self.layers)
 
         def body(x, layer_state):
-            layer = nnx.merge(graph, gather(layer_state))
+            layer = nnx.merge(graph, layer_state)
             x = layer(
                 x, rope, documents,
                 mlp_chunk_size=mlp_chunk_size, mlp_implementation=mlp_implementation,

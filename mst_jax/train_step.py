@@ -11,7 +11,6 @@ so that no whole gradient is ever held (`layerwise.py`).
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,12 +24,10 @@ from mst_jax.gradients import (
     Batch,
     compute_layer,
     embedding_gradient,
+    evaluate,
     forward,
-    layer_chunk_size,
 )
 from mst_jax.layerwise import step_in_backward
-from mst_jax.loss import next_token_loss
-from mst_jax.model import from_params
 from mst_jax.optim import (
     at,
     clip_factor,
@@ -45,7 +42,7 @@ from mst_jax.optim import (
     update,
 )
 from mst_jax.sharding import BATCH_AXES, gather, named, param_specs, scatter
-from mst_jax.stack import stack_backward
+from mst_jax.stack import WeightsAt, stack_backward
 
 State = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -120,11 +117,7 @@ def make_gradients(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...,
 
     def local(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Any]:
         specs = param_specs(params)
-        rest, layers = _split(params)
-        rest = _gather(rest, specs, cfg)
-
-        def weights_at(i):
-            return compute_layer(_gather(at(layers, i), specs["layers"], cfg), cfg)
+        rest, weights_at = _whole(params, specs, cfg)
 
         def add(carry, micro):
             total, count, sums = carry
@@ -240,21 +233,9 @@ def make_eval_step(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...,
     """Return evaluate(params, batch [1, B, T]) -> (sum, count), jitted."""
 
     def local(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        options = {}
-        params = jax.tree.map(lambda p: p.astype(cfg.train.compute_dtype), params)
-        if cfg.mesh.fsdp > 1:
-            specs = param_specs(params)
-            options["gather"] = partial(gather, specs=specs["layers"])
-            rest, layers = _split(params)
-            # The layers stay in shards until the scan reaches them.
-            params = {**_gather(rest, specs, cfg), "layers": layers}
+        rest, weights_at = _whole(params, param_specs(params), cfg)
         batch = jax.tree.map(lambda a: a[0], batch)
-        # In the train step's chunks, of which 0 is one.
-        chunk = layer_chunk_size(cfg, model, *batch["tokens"].shape)
-        total, count = next_token_loss(
-            from_params(model, params), batch,
-            replace(cfg.train, mlp_chunk_size=chunk), **options,
-        )  # fmt: skip
+        total, count = evaluate(cfg, model, rest, weights_at, batch)
         if mesh.size > 1:
             total, count = jax.lax.psum((total, count), BATCH_AXES)
         return total, count
@@ -277,6 +258,16 @@ def _on_shards(local: Any, mesh: Mesh, out_specs: Any) -> Callable[..., Any]:
         )(params, batch)
 
     return sharded
+
+
+def _whole(params: Any, specs: Any, cfg: Config) -> tuple[Any, WeightsAt]:
+    """Return all but the layers, whole, and i -> layer i, whole when it is its turn."""
+    rest, layers = _split(params)
+
+    def weights_at(i):
+        return compute_layer(_gather(at(layers, i), specs["layers"], cfg), cfg)
+
+    return _gather(rest, specs, cfg), weights_at
 
 
 def _gather(params: Any, specs: Any, cfg: Config) -> Any:

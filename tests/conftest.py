@@ -29,11 +29,20 @@ if "XLA_FLAGS" not in os.environ and (
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("mst_jax", "beartype.beartype")
 jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+
+@pytest.fixture
+def untyped():
+    """As for a user: arguments are not held to their annotations."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def pytest_xdist_auto_num_workers(config):

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from mst_jax import linear_cross_entropy, token_log_probs
 
@@ -102,6 +104,7 @@ def test_a_transposed_head_is_not_copied():
 def test_options(options):
     x, w, y = make(100)
     weights = jax.random.uniform(jax.random.key(9), y.shape)
+    weights = jnp.where(weights < 0.2, 0, weights)  # these have a gradient too
 
     def ours(x, w, weights):
         return linear_cross_entropy(
@@ -178,9 +181,62 @@ def test_large_logits_stay_finite():
     assert np.isfinite(total) and all(np.isfinite(g).all() for g in grads)
 
 
-def test_label_outside_the_vocabulary_is_nan():
+@pytest.mark.parametrize("label", [V, -1, -V, -V - 1])
+def test_label_outside_the_vocabulary_is_nan(label):
     x, w, y = make(10, masked="none")
-    assert np.isnan(linear_cross_entropy(x, w, y.at[0, 3].set(V))[0])
+    assert np.isnan(linear_cross_entropy(x, w, y.at[0, 3].set(label))[0])
+    assert np.isnan(token_log_probs(x, w, y.at[0, 3].set(label))[0][0, 3])
+
+
+def test_arrays_of_other_kinds(untyped):
+    x, w, y = make(20, B=2, masked="none")
+    want = linear_cross_entropy(x, w, y, chunk_size=7)
+    close(linear_cross_entropy(x, w, y.astype(jnp.uint8), chunk_size=7), want)
+    close(linear_cross_entropy(x, w, np.asarray(y).tolist(), chunk_size=7), want)
+    head = nnx.Param(w)
+    grad = nnx.grad(lambda head: linear_cross_entropy(x, head, y, chunk_size=7)[0])
+    close(grad(head)[...], jax.grad(lambda w: linear_cross_entropy(x, w, y)[0])(w))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"hidden": jnp.ones((2, 3, D), int)}, "hidden must be floating, not int32"),
+        ({"weight": jnp.ones((D, V), int)}, "weight must be floating, not int32"),
+        ({"labels": jnp.ones((2, 3))}, "labels must be integer, not float32"),
+        ({"hidden": jnp.ones((2, 0, D)), "labels": jnp.ones((2, 0), int)}, "is empty"),
+        ({"token_weights": 1.0}, r"token_weights of shape \(\) must be"),
+    ],
+)
+def test_bad_arrays(untyped, change, message):
+    given = {
+        "hidden": jnp.ones((2, 3, D)), "weight": jnp.ones((D, V)),
+        "labels": jnp.ones((2, 3), int),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**given | change)
+
+
+@pytest.mark.parametrize("name", ["z_loss", "logit_softcap", "label_smoothing"])
+def test_traced_options_are_refused(untyped, name):
+    x, w, y = make(10)
+    with pytest.raises(ValueError, match="Python numbers"):
+        jax.grad(lambda z: linear_cross_entropy(x, w, y, **{name: z})[0])(0.1)
+
+
+def test_inside_shard_map():
+    x, w, y = make(40, B=4)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(x, w, y):
+        return jax.lax.psum(linear_cross_entropy(x, w, y, chunk_size=9)[0], "data")
+
+    shards = jax.shard_map(
+        local, mesh=mesh, in_specs=(P("data"), P(), P("data")), out_specs=P()
+    )
+    got = jax.value_and_grad(shards, (0, 1))(x, w, y)
+    want = jax.value_and_grad(lambda *a: linear_cross_entropy(*a)[0], (0, 1))(x, w, y)
+    jax.tree.map(close, got, want)
 
 
 def test_token_log_probs():

@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 
 from mst_jax import mini_sequence, mini_sequence_sum
-from mst_jax.mini_sequence import (
-    bytes_per_token,
-    for_chunks,
-    put_tokens,
-    split_length,
-    take_tokens,
-)
+from mst_jax.mini_sequence import bytes_per_token, split_length
 
 D, F = 8, 24
 
@@ -149,65 +143,47 @@ def test_split_is_never_above_the_asked_size_and_of_8_rows_where_it_can_be():
                 assert C % 8 == 0 and C - even < 8
 
 
-@pytest.mark.parametrize(
-    "length, chunk_size, sizes",
-    [
-        (12, 4, {4}),
-        (10, 4, {4, 2}),  # equal chunks and a rest
-        (300, 75, {75}),  # 80 would be more than was asked for
-        (300, 80, {80, 60}),  # even chunks of 75, rounded up to a multiple of 8
-        (300, 140, {104, 92}),  # balanced: not two of 140 and one of 20
-        (7, 2, {2, 1}),
-        (9, 5, {5, 4}),  # one whole chunk: no loop
-        (8, 8, {8}),
-        (8, 1000, {8}),
-        (3, 1, {1}),
-    ],
-)
-def test_for_chunks_visits_every_token_once(length, chunk_size, sizes):
-    x = jax.random.normal(jax.random.key(0), (2, length, 3))
-    seen = set()
-
-    def body(carry, start, size):
-        y, visits = carry
-        seen.add(size)
-        chunk = take_tokens(y, start, size)
-        assert chunk.shape == (2, size, 3)
-        visits = put_tokens(visits, take_tokens(visits, start, size) + 1, start)
-        return put_tokens(y, 2 * chunk, start), visits
-
-    visits = jnp.zeros((2, length), jnp.int32)
-    y, visits = for_chunks(length, chunk_size, body, (x, visits))
-    assert seen == sizes
-    np.testing.assert_array_equal(visits, 1)
-    np.testing.assert_array_equal(y, 2 * x)
-
-
-def test_chunks_are_written_in_the_sequences_dtype():
-    x = jnp.zeros((1, 4, 2), jnp.bfloat16)
-    y = put_tokens(x, jnp.ones((1, 2, 2), jnp.float32), 1)
-    assert y.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(y[0, :, 0], jnp.bfloat16([0, 1, 1, 0]))
-
-
 def test_bytes_per_token_counts_the_wide_part():
     params, x, _ = make(64)
     assert bytes_per_token(mlp, params, x) >= 2 * 4 * (2 * F + D)
 
 
-@pytest.mark.parametrize(
-    "kwargs, message",
-    [({"chunk_size": 0}, "chunk_size=0"), ({"chunk_size": -3}, "chunk_size=-3")],
-)
-def test_bad_chunk_size(kwargs, message):
+@pytest.mark.parametrize("chunk_size", [0, -3, "8", 2.5])
+def test_bad_chunk_size(untyped, chunk_size):
     params, x, _ = make(4)
-    with pytest.raises(ValueError, match=message):
-        mini_sequence(mlp, params, x, **kwargs)
+    for run in (mini_sequence, mini_sequence_sum):
+        with pytest.raises(ValueError, match=f"{chunk_size=}"):
+            run(mlp, params, x, chunk_size=chunk_size)
+    with pytest.raises(ValueError, match="a whole number of tokens"):
+        jax.jit(lambda c: mini_sequence(mlp, params, x, chunk_size=c))(2)
 
 
 def test_different_lengths_are_refused():
     with pytest.raises(ValueError, match=r"\[3, 4\]"):
         mini_sequence(lambda p, x: x, None, (jnp.ones((1, 3)), jnp.ones((1, 4))))
+
+
+def test_an_axis_that_is_not_there():
+    for x in (jnp.ones(3), {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}):
+        with pytest.raises(ValueError, match=r"axis=1.*\(3,\)"):
+            mini_sequence(lambda p, x: x, None, x)
+
+
+@pytest.mark.parametrize("chunk_size", [4, 100])
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda p, x: jnp.concatenate([x, x], 1),
+        lambda p, x: x[:, ::2],
+        lambda p, x: x.sum(1),
+        lambda p, x: x.sum(),
+        lambda p, x: {"kept": x, "lost": x.sum((1, 2))},
+    ],
+)
+def test_what_is_not_position_wise_is_refused(fn, chunk_size):
+    x = jnp.ones((2, 13, 8))
+    with pytest.raises(ValueError, match=r"not position-wise.*axis=1 of"):
+        mini_sequence(fn, None, x, chunk_size=chunk_size)
 
 
 def test_closed_over_values_are_differentiated():
@@ -217,6 +193,27 @@ def test_closed_over_values_are_differentiated():
         return mini_sequence(lambda p, x: p * scale * x, 2.0, x, chunk_size=3).sum()
 
     np.testing.assert_allclose(jax.grad(loss)(3.0), 2 * x.sum(), rtol=1e-5)
+
+
+def test_closed_over_integers_of_an_outer_transformation():
+    x = jax.random.normal(jax.random.key(0), (2, 10, 3))
+
+    def run(chunked, p):
+        def layer(x, i):
+            def fn(p, x):
+                return jnp.tanh(x * p * (1 + i)) + jnp.arange(3)[i % 3]
+
+            return (mini_sequence(fn, p, x, chunk_size=4) if chunked else fn(p, x)), i
+
+        y, _ = jax.lax.scan(jax.checkpoint(layer), x, jnp.arange(4))
+        return (y**2).sum()
+
+    for vmapped in (lambda f: f, lambda f: lambda p: jax.vmap(f)(p[None])[0]):
+        grads = [
+            jax.jit(jax.grad(vmapped(lambda p, c=c: run(c, p))))(jnp.full(3, 0.5))
+            for c in (True, False)
+        ]
+        assert relative(*grads) < 1e-5
 
 
 def test_integer_inputs_and_second_derivative():

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "mst_jax"
 RANKS = {
     "plan": 0,
     "mini_sequence": 0,
+    "chunk_loop": 1,
     "model_config": 0,
     "presets": 1,
     "config": 2,

@@ -15,18 +15,17 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Num
 
 from mst_jax.mini_sequence import mini_sequence, split_length, to_chunks
 from mst_jax.ops.linear_cross_entropy import mosaic_gpu, xla
-from mst_jax.ops.linear_cross_entropy.chunks import weighted_sum
+from mst_jax.ops.linear_cross_entropy.chunks import varying, weighted_sum
 from mst_jax.ops.linear_cross_entropy.xla import Options
 from mst_jax.ops.matmul import device_obstacle
 
 LOGITS_BYTES = 2**31
 """Budget of one chunk's logits when no chunk size is given."""
-MOSAIC_GPU_BY_DEFAULT = True
-"""Whether None means the kernels where they can run: if they were measured faster."""
 
 
 def linear_cross_entropy(
@@ -55,12 +54,13 @@ def linear_cross_entropy(
             in its own. If it is not differentiated, its gradient costs nothing.
         transposed: whether weight is [V, D]: a tied embedding as it is. Its `.T` is a
             copy in some versions of XLA, for the length of the program.
-        labels: [...] in [0, V), or `ignore_index`. Any other value gives NaN.
+        labels: [...] integers in [0, V), or `ignore_index`. Others make the sum NaN.
         chunk_size: tokens of a chunk along the last token axis; None keeps a chunk's
             logits below 2 GiB: f32 in XLA, two bytes each in Mosaic GPU.
         ignore_index: label of tokens that do not count.
         token_weights: [...] factors of the tokens' losses, 1 if None. Differentiable.
-        z_loss: factor z of lse^2 (PaLM, arXiv 2204.02311).
+        z_loss: factor z of lse^2 (PaLM, arXiv 2204.02311), like the next two a number
+            of Python's.
         logit_softcap: logits become cap * tanh(logits / cap) (Gemma 2).
         label_smoothing: s, as in torch.nn.functional.cross_entropy.
         implementation: 'xla', 'mosaic_gpu' (Hopper, bf16), or None for
@@ -74,6 +74,7 @@ def linear_cross_entropy(
         ValueError: shapes that do not fit, or an option outside its range.
         NotImplementedError: 'mosaic_gpu' where it cannot, or an unknown implementation.
     """
+    hidden, weight, labels = map(jnp.asarray, (hidden, weight, labels))
     options = _check(
         hidden, weight, labels, token_weights,
         z_loss, logit_softcap, label_smoothing, implementation, transposed,
@@ -88,7 +89,8 @@ def linear_cross_entropy(
     weights = jnp.pad(weights, ((0, 0), (0, pad)))
     chunks = to_chunks((hidden, labels), num_chunks, size, 1)
     weights = to_chunks(weights, num_chunks, size, 1)
-    total = weighted_sum(options, chunks[0], weight, chunks[1], weights)
+    arrays = chunks[0], weight, chunks[1], weights
+    total = weighted_sum(options, *(varying(a, *arrays) for a in arrays))
     return cast(jax.Array, total), weights.sum()
 
 
@@ -120,6 +122,7 @@ def token_log_probs(
     Raises:
         ValueError: as `linear_cross_entropy`.
     """
+    hidden, weight, labels = map(jnp.asarray, (hidden, weight, labels))
     options = _check(
         hidden, weight, labels, None, z_loss, logit_softcap, label_smoothing, "xla"
     )
@@ -134,9 +137,10 @@ def token_log_probs(
         keep = weights > 0
         return jnp.where(keep, losses, 0), jnp.where(keep, label_logit - lse, 0)
 
-    size = chunk_size or loss_chunk_size(hidden.shape[0], weight.shape[1])
+    if chunk_size is None:
+        chunk_size = loss_chunk_size(hidden.shape[0], weight.shape[1])
     losses, log_probs = mini_sequence(
-        chunk, weight, (hidden, labels, weights), chunk_size=size
+        chunk, weight, (hidden, labels, weights), chunk_size=chunk_size
     )
     return losses.reshape(shape), log_probs.reshape(shape)
 
@@ -144,7 +148,8 @@ def token_log_probs(
 def loss_chunk_size(batch: int, vocab_size: int, implementation: str = "xla") -> int:
     """Return the tokens a sequence whose logits, times batch, fill the budget."""
     itemsize = 2 if implementation == "mosaic_gpu" else 4
-    return max(1, LOGITS_BYTES // (itemsize * batch * vocab_size))
+    size = LOGITS_BYTES // (itemsize * batch * vocab_size)
+    return max(1, min(size, 2**20 // batch))  # a kernel's grid has its limits too
 
 
 def choose_implementation(
@@ -182,8 +187,23 @@ def _check(
         )
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"{labels.shape=} must be {hidden.shape=} without D")
-    if token_weights is not None and token_weights.shape != labels.shape:
-        raise ValueError(f"{token_weights.shape=} must be {labels.shape=}")
+    if not hidden.size or not weight.size:
+        raise ValueError(f"{hidden.shape=} or {weight.shape=} is empty")
+    for name, array, kind in (
+        ("hidden", hidden, jnp.floating), ("weight", weight, jnp.floating),
+        ("labels", labels, jnp.integer),
+    ):  # fmt: skip
+        if not jnp.issubdtype(array.dtype, kind):
+            raise ValueError(f"{name} must be {kind.__name__}, not {array.dtype}")
+    if token_weights is not None and jnp.shape(token_weights) != labels.shape:
+        raise ValueError(
+            f"token_weights of shape {jnp.shape(token_weights)} must be {labels.shape=}"
+        )
+    if any(isinstance(a, Tracer) for a in (z_loss, softcap, smoothing)):
+        raise ValueError(
+            "z_loss, logit_softcap and label_smoothing must be Python numbers: they "
+            "are compiled in, and not differentiated"
+        )
     if softcap is not None and softcap <= 0:
         raise ValueError(f"logit_softcap={softcap} must be positive or None")
     if not 0 <= smoothing < 1:
@@ -207,8 +227,9 @@ def _check(
 
 def _flatten(hidden, labels, token_weights, ignore_index):
     T, D = hidden.shape[-2:]
+    labels = labels.astype(jnp.int32)  # an ignore_index of -100 is none in uint8
     weights = (labels != ignore_index).astype(jnp.float32)
     if token_weights is not None:
-        weights = jnp.where(weights > 0, token_weights.astype(jnp.float32), 0)
+        weights = jnp.where(weights > 0, jnp.asarray(token_weights, jnp.float32), 0)
     labels = jnp.where(labels == ignore_index, 0, labels)
     return hidden.reshape(-1, T, D), labels.reshape(-1, T), weights.reshape(-1, T)

@@ -35,8 +35,18 @@ def weighted_sum(options: Options, x_MBCD, weight, labels_MBC, weights_MBC) -> A
         losses = how.chunk_losses(options, x, weight, labels, V)
         return total + _masked(losses, weights).sum(), None
 
-    zero = jnp.zeros((), jnp.float32)
+    zero = varying(jnp.zeros((), jnp.float32), x_MBCD)
     return jax.lax.scan(body, zero, (x_MBCD, labels_MBC, weights_MBC))[0]
+
+
+def varying(a, *like):
+    """Return `a`, inside shard_map varying over the mesh axes that `like` vary over.
+
+    A scan's carry must be of one kind from its start.
+    """
+    axes = [jax.typeof(b).manual_axis_type.varying for b in (a, *like)]
+    more = frozenset().union(*axes) - axes[0]
+    return jax.lax.pcast(a, tuple(more), to="varying") if more else a
 
 
 def _implementation(options: Options):
@@ -64,26 +74,28 @@ def _forward(options: Options, x_MBCD, weight, labels_MBC, weights_MBC):
         )
         return (total + _masked(losses, weights).sum(), dweight), (dx, losses)
 
-    dweight = jnp.zeros(weight.shape, jnp.float32) if wants_weight else None
+    total, dweight = (
+        varying(jnp.zeros(shape, jnp.float32), x_MBCD) for shape in ((), weight.shape)
+    )
     (total, dweight), (dx_MBCD, losses_MBC) = jax.lax.scan(
         body,
-        (jnp.zeros((), jnp.float32), dweight),
+        (total, dweight if wants_weight else None),
         (x_MBCD, labels_MBC.value, weights_MBC.value),
     )
     dweight = None if dweight is None else how.finish(options, dweight, V)
-    return total, (dx_MBCD, dweight, dtype, losses_MBC, weights_MBC.value)
+    return total, (dx_MBCD, dweight, dtype, losses_MBC)
 
 
 def _backward(options: Options, residuals: Any, g):
     del options
-    dx_MBCD, dweight, dtype, losses_MBC, weights_MBC = residuals
+    dx_MBCD, dweight, dtype, losses_MBC = residuals
     if dx_MBCD is not None:
         dx_MBCD = (g * dx_MBCD).astype(dx_MBCD.dtype)
     if dweight is not None:
         # Without the barrier XLA keeps the f32 sum alive until the update and casts it
         # there: 1 GiB more at the peak for Llama3-8B.
         dweight = jax.lax.optimization_barrier((g * dweight).astype(dtype.dtype))
-    return dx_MBCD, dweight, None, g * jnp.where(weights_MBC == 0, 0, losses_MBC)
+    return dx_MBCD, dweight, None, g * losses_MBC
 
 
 weighted_sum.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -239,7 +239,8 @@ def gradient_kernel(p_ref, scale, smooth, at_label, labels) -> None:
     pl, plgpu = mm.pallas()
     C, V = p_ref.shape
     block = (GRADIENT_M, PART_N)
-    parts = TILE_N // PART_N
+    # No part beyond V = 64: Mosaic drops a dimension of size 1 together with its index.
+    parts = min(TILE_N, V) // PART_N
     transforms = mm.swizzled(jnp.bfloat16)
 
     def gradient_kernel(

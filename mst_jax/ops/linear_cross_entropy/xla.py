@@ -43,9 +43,9 @@ def logits_and_losses(options: Options, x, weight, labels):
     if cap := options.logit_softcap:
         logits = cap * jnp.tanh(logits / cap)
     lse = jax.nn.logsumexp(logits, axis=-1)
-    label_logit = jnp.take_along_axis(logits, labels[..., None], -1, mode="fill")[
-        ..., 0
-    ]
+    # Beyond V "fill" gives NaN; below 0 it would count from the end.
+    labels = jnp.where(labels < 0, logits.shape[-1], labels)[..., None]
+    label_logit = jnp.take_along_axis(logits, labels, -1, mode="fill")[..., 0]
     loss = lse - (1 - options.label_smoothing) * label_logit
     if options.label_smoothing:
         loss -= options.label_smoothing * logits.mean(-1)
