@@ -249,16 +249,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
     parser.add_argument("--seconds", type=float, default=90)
-    parser.add_argument("--only", nargs="*", help="implementations: cudnn, 'cudnn 2'")
-    parser.add_argument("--tokens", type=int, help="only rows of this length")
+    names, lengths = ({row[key]: None for row in ROWS} for key in ("how", "T"))
+    parser.add_argument("--only", nargs="*", choices=names, help="implementations")
+    parser.add_argument(
+        "--tokens", type=int, choices=lengths, help="only rows of this length"
+    )
     args = parser.parse_args()
     rows = [r for r in ROWS if not args.only or r["how"] in args.only]
     rows = [r for r in rows if args.tokens in (None, r["T"])]
     if not find_spec("tokamax"):
         rows = [r for r in rows if r["how"] != "tokamax"]
+    if not rows:
+        parser.error(
+            f"no row has --only {args.only} and --tokens {args.tokens}; tokamax has "
+            "rows where it is installed"
+        )
     results, notes = run(rows, args.seconds)
+    if not results:  # would take the place of today's table
+        raise SystemExit("\n".join(["no row ran, nothing is written", *notes]))
     write(args.out, results, notes)
-    if not results or any("failed" in r for r in results):
+    if any("failed" in r for r in results):
         raise SystemExit("a row failed")
 
 

@@ -166,8 +166,10 @@ def count(gpu: str, chunk: int | None) -> None:
 
 
 def main() -> None:
+    from arguments import positive
+
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--repeats", type=positive, default=50)
     parser.add_argument("--count", metavar="GPU", help="only count, for a named GPU")
     parser.add_argument("--chunk", type=int, help="tokens of a chunk; 0: no chunks")
     args = parser.parse_args()

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from arguments import positive
 
 from mst_jax.config import (
     PRESETS,
@@ -61,11 +62,13 @@ def random_batch(model: ModelConfig, tokens: int) -> dict[str, jax.Array]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default="llama3_8b", choices=list(PRESETS))
-    parser.add_argument("--layers", type=int, help="of the model; all if not given")
-    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--preset", default="llama3_8b", choices=PRESETS)
+    parser.add_argument(
+        "--layers", type=positive, help="of the model; all if not given"
+    )
+    parser.add_argument("--tokens", type=positive, default=32768)
     parser.add_argument("--plan", default="save_attention")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=positive, default=3)
     args = parser.parse_args()
     model = PRESETS[args.preset]
     if args.layers is not None:

@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from arguments import positive
+
 from mst_jax.compile_only import compile_step
 from mst_jax.config import PRESETS, Config, DataConfig, OptimConfig, TrainConfig
 from mst_jax.gpus import GPUS
@@ -216,16 +218,14 @@ def in_process(row: Row, steps: int, total: float) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
-    parser.add_argument("--rows", nargs="*", default=[r.name for r in ROWS])
+    parser.add_argument("--rows", nargs="+", default=[r.name for r in ROWS])
     parser.add_argument("--measure", nargs="*", default=[], help="rows to run")
-    parser.add_argument("--steps", type=int, default=1, help="of a measured row")
+    parser.add_argument("--steps", type=positive, default=1, help="of a measured row")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     rows = {r.name: r for r in ROWS}
     if unknown := {*args.rows, *args.measure} - {*rows}:
         raise SystemExit(f"no rows {sorted(unknown)}; there are {[*rows]}")
-    if args.steps < 1:
-        raise SystemExit("--steps must be at least 1: other rows are compiled only")
     if args.one:
         print(json.dumps(one(rows[args.one], args.steps)))
         return

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import numpy as np  # noqa: E402
+from arguments import positive  # noqa: E402
 from op_reference import head_errors, mlp_errors  # noqa: E402
 from op_variants import VARIANTS  # noqa: E402
 
@@ -317,18 +318,34 @@ def fill_in_widths(args) -> None:
             setattr(args, name, default)
 
 
+def jobs_of(args) -> list[dict]:
+    """Return what the rows' processes are told, in the table's order."""
+    return [
+        {
+            "op": op, "width": width, "variant": variant, "tokens": args.tokens,
+            "d_model": args.d_model, "rows": args.rows, "repeats": args.repeats,
+        }
+        for op in args.ops
+        for width in (args.vocab if op == "head" else args.ffn)
+        for variant in VARIANTS[op]
+        if not args.variants or any(v in variant for v in args.variants)
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
-    parser.add_argument("--ops", nargs="*", default=["head", "mlp"])
+    parser.add_argument("--ops", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--preset", help="its widths, where none are given")
-    parser.add_argument("--vocab", nargs="*", type=int)
-    parser.add_argument("--ffn", nargs="*", type=int)
-    parser.add_argument("--d-model", type=int)
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--rows", type=int, default=64, help="of the f64 reference")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--seconds", type=int, default=180, help="limit of one row")
+    parser.add_argument("--vocab", nargs="+", type=positive)
+    parser.add_argument("--ffn", nargs="+", type=positive)
+    parser.add_argument("--d-model", type=positive)
+    parser.add_argument("--tokens", type=positive, default=16384)
+    parser.add_argument(
+        "--rows", type=positive, default=64, help="of the f64 reference"
+    )
+    parser.add_argument("--repeats", type=positive, default=10)
+    parser.add_argument("--seconds", type=positive, default=180, help="limit of a row")
     parser.add_argument("--variants", nargs="*", help="part of a name; all if none")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -336,19 +353,14 @@ def main() -> None:
         child(args.child)
         return
     fill_in_widths(args)
+    jobs = jobs_of(args)
+    if not jobs:
+        names = sorted({name for op in args.ops for name in VARIANTS[op]})
+        parser.error(f"--variants {args.variants} is part of no name of {names}")
     results = []
-    for op in args.ops:
-        for width in args.vocab if op == "head" else args.ffn:
-            for variant in VARIANTS[op]:
-                if args.variants and not any(v in variant for v in args.variants):
-                    continue
-                job = {
-                    "op": op, "width": width, "variant": variant,
-                    "tokens": args.tokens, "d_model": args.d_model,
-                    "rows": args.rows, "repeats": args.repeats,
-                }  # fmt: skip
-                results.append(run_row(job, args.seconds))
-                print({c: results[-1].get(c) for c in COLUMNS}, flush=True)
+    for job in jobs:
+        results.append(run_row(job, args.seconds))
+        print({c: results[-1].get(c) for c in COLUMNS}, flush=True)
     write(args, results)
 
 

@@ -19,6 +19,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from arguments import positive
 
 from mst_jax.config import PRESETS, ModelConfig, OptimConfig
 from mst_jax.optim import init_state, make_optimizer, squared_norm, update
@@ -92,10 +93,10 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("moments", nargs="*", default=list(MOMENTS))
-    parser.add_argument("--preset", default="llama3_8b")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--limit", type=int, default=240, help="seconds")
+    parser.add_argument("--preset", default="llama3_8b", choices=PRESETS)
+    parser.add_argument("--layers", type=positive, default=8)
+    parser.add_argument("--steps", type=positive, default=20)
+    parser.add_argument("--limit", type=positive, default=240, help="seconds")
     args = parser.parse_args()
     if unknown := set(args.moments) - set(MOMENTS):
         raise SystemExit(f"no moments {sorted(unknown)}; there are {MOMENTS}")

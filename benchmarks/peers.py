@@ -351,17 +351,21 @@ def commit() -> str:
 
 
 def main() -> None:
+    from arguments import positive
+
+    from mst_jax.presets import PRESETS
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
-    parser.add_argument("--entries", nargs="*", default=list(ENTRIES))
-    parser.add_argument(
-        "--lengths", nargs="*", type=int, default=[8192, 16384, 32768, 65536, 131072]
-    )
-    parser.add_argument("--preset", default="llama3_8b")
+    parser.add_argument("--entries", nargs="+", default=list(ENTRIES))
+    lengths = [8192, 16384, 32768, 65536, 131072]
+    parser.add_argument("--lengths", nargs="+", type=positive, default=lengths)
+    parser.add_argument("--preset", default="llama3_8b", choices=PRESETS)
     parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd")
     parser.add_argument("--learning-rate", type=float, default=1e-2)
-    parser.add_argument("--steps", type=int, default=8, help="at most, when short")
-    parser.add_argument("--budget", type=float, help="GiB; default 95% of the GPU's")
+    steps = "at most, when short"
+    parser.add_argument("--steps", type=positive, default=8, help=steps)
+    parser.add_argument("--budget", type=float, help="GiB; default 95%% of the GPU's")
     parser.add_argument("--mini-s", type=Path, help="a checkout of wdlctc/mini-s")
     parser.add_argument("--seconds", type=float, default=3600, help="of the whole run")
     parser.add_argument("--row-seconds", type=float, default=300, help="of one row")

@@ -15,6 +15,8 @@ import os
 import time
 from typing import Any
 
+from arguments import positive
+
 VARIANTS: dict[str, dict[str, Any]] = {
     # name: fields of TrainConfig and OptimConfig
     "offload-8": {"plan": "offload", "head_groups": 8},
@@ -68,19 +70,21 @@ def run(name: str, model: Any, tokens: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    from mst_jax.config import PRESETS
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("variants", nargs="*", default=list(VARIANTS))
-    parser.add_argument("--preset", default="llama3_8b")
-    parser.add_argument("--layers", type=int, help="of the model; all if not given")
-    parser.add_argument("--tokens", type=int, default=65536)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--preset", default="llama3_8b", choices=PRESETS)
+    parser.add_argument(
+        "--layers", type=positive, help="of the model; all if not given"
+    )
+    parser.add_argument("--tokens", type=positive, default=65536)
+    parser.add_argument("--steps", type=positive, default=2)
     args = parser.parse_args()
     if unknown := set(args.variants) - set(VARIANTS):
         raise SystemExit(f"no variants {sorted(unknown)}; there are {list(VARIANTS)}")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "100")
-    from mst_jax.config import PRESETS
-
     model = PRESETS[args.preset]
     model = dataclasses.replace(model, num_layers=args.layers or model.num_layers)
     for name in args.variants:

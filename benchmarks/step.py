@@ -28,6 +28,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 ROOT = Path(__file__).resolve().parent.parent
 AFTER = ["--optim.no-in-backward", "--optim.clip", "global"]
@@ -198,14 +199,19 @@ def different(one: Path, other: Path) -> tuple[set[str], int]:
 
 
 def main() -> None:
+    from arguments import positive
+
+    from mst_jax.config import PRESETS, OptimConfig
+
+    optimizers = get_args(get_type_hints(OptimConfig)["name"])
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="scratch directory")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
-    parser.add_argument("--rows", nargs="*", default=list(TARGETS), choices=ROWS)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--optimizer", default="sgd")
-    parser.add_argument("--preset", default="llama3_8b")
-    parser.add_argument("--tokens", type=int, help="replace every row's length")
+    parser.add_argument("--rows", nargs="+", default=list(TARGETS), choices=ROWS)
+    parser.add_argument("--steps", type=positive, default=5)
+    parser.add_argument("--optimizer", default="sgd", choices=optimizers)
+    parser.add_argument("--preset", default="llama3_8b", choices=PRESETS)
+    parser.add_argument("--tokens", type=positive, help="replace every row's length")
     parser.add_argument("--no-export", action="store_true")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

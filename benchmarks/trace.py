@@ -53,9 +53,15 @@ def trace_steps(args: argparse.Namespace, keep: Path) -> list[Path]:
     from mst_jax.model import init_params
     from mst_jax.train_step import init_train_state
 
+    if jax.default_backend() != "gpu":
+        raise SystemExit(
+            f"a trace needs a GPU, there is none ({jax.default_backend()}); --read "
+            "makes the table of kept traces"
+        )
     keep.mkdir(parents=True, exist_ok=True)
     model = PRESETS[args.preset]
-    model = dataclasses.replace(model, num_layers=args.layers or model.num_layers)
+    if args.layers is not None:
+        model = dataclasses.replace(model, num_layers=args.layers)
     about = {
         "device": jax.devices()[0].device_kind,
         "bandwidth": args.bandwidth * 1e12 or copy_bandwidth(args.copy_gib),
@@ -331,17 +337,19 @@ def write(args, steps: list[tuple[dict, Account, Program]]) -> None:
 
 
 def main() -> None:
+    from mst_jax.config import PRESETS
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 65536])
-    parser.add_argument("--preset", default="llama3_8b")
+    parser.add_argument("--preset", default="llama3_8b", choices=PRESETS)
     parser.add_argument("--layers", type=int, help="instead of the preset's")
     parser.add_argument("--plan", default="save_attention")
     parser.add_argument("--head-groups", type=int, default=1)
     parser.add_argument("--prefetch", action="store_true")
     parser.add_argument(
-        "--implementation", default="auto", help="auto, xla, mosaic_gpu"
+        "--implementation", default="auto", choices=("auto", "xla", "mosaic_gpu")
     )
     parser.add_argument("--tflops", type=float, default=790, help="limit of products")
     parser.add_argument(

@@ -21,9 +21,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from arguments import positive
 
 from mst_jax.config import PRESETS
-from mst_jax.ops.matmul import Tiles, matmul, sum_of_products
+from mst_jax.ops.matmul import Tiles, device_obstacle, matmul, sum_of_products
 from mst_jax.ops.swiglu import mosaic_gpu, swiglu, xla
 
 WIDE = Tiles()
@@ -340,14 +341,19 @@ def loop(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default="llama3_8b")
-    parser.add_argument("--tokens", type=int, default=16384, help="of a chunk")
-    parser.add_argument("--loop-tokens", type=int, default=65536)
+    parser.add_argument("--preset", default="llama3_8b", choices=PRESETS)
+    parser.add_argument("--tokens", type=positive, default=16384, help="of a chunk")
+    parser.add_argument("--loop-tokens", type=positive, default=65536)
     parser.add_argument("--products", nargs="*", default=[])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--out", type=Path, help="JSON of all times")
     args = parser.parse_args()
+    if reason := device_obstacle():
+        raise SystemExit(f"the kernels cannot run here: {reason}")
+    known = products(8, 8, 8, 8)
+    if unknown := set(args.products) - known.keys():
+        parser.error(f"no products {sorted(unknown)}; there are {list(known)}")
     deadline = time.monotonic() + args.seconds
     print(jax.devices()[0].device_kind, jax.__version__)
     check(CHECKED)

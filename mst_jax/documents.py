@@ -7,6 +7,7 @@ memory, of a JSONL file one line, and .npy files stay on disk.
 
 import itertools
 import json
+import logging
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 
 from mst_jax.config import DataConfig
 
+logger = logging.getLogger("mst_jax")
 _EXTENSIONS = (".txt", ".jsonl", ".parquet", ".npy")
 _STDLIB_BYTES = 10_000_000
 
@@ -80,7 +82,7 @@ def _read_files(cfg: DataConfig) -> Iterator[str | np.ndarray]:
     path = Path(cfg.source).expanduser()
     known = ", ".join(_EXTENSIONS)
     if path.is_dir():
-        paths = sorted(p for p in path.rglob("*") if p.suffix in _EXTENSIONS)
+        paths = _data_files(path)
         if not paths:
             raise ValueError(f"DataConfig.source={cfg.source!r} has no file of {known}")
     elif path.exists():
@@ -91,13 +93,14 @@ def _read_files(cfg: DataConfig) -> Iterator[str | np.ndarray]:
             "'stdlib' or 'hf:NAME'"
         )
     for path in paths:
-        if path.suffix == ".txt":
+        extension = path.suffix.lower()
+        if extension == ".txt":
             yield _decode(path.read_bytes(), str(path))
-        elif path.suffix == ".jsonl":
+        elif extension == ".jsonl":
             yield from _read_jsonl(path, cfg.text_field)
-        elif path.suffix == ".parquet":
+        elif extension == ".parquet":
             yield from _read_parquet(path, cfg.text_field)
-        elif path.suffix == ".npy":
+        elif extension == ".npy":
             yield from _read_npy(path)
         else:
             raise ValueError(
@@ -106,9 +109,25 @@ def _read_files(cfg: DataConfig) -> Iterator[str | np.ndarray]:
             )
 
 
+def _data_files(directory: Path) -> list[Path]:
+    """Return the files to read, in order; log the others, which no error names."""
+    found, skipped = [], []
+    for path in sorted(p for p in directory.rglob("*") if not p.is_dir()):
+        (found if path.suffix.lower() in _EXTENSIONS else skipped).append(path)
+    if found and skipped:
+        names = ", ".join(str(p.relative_to(directory)) for p in skipped[:3])
+        more = ", ..." if len(skipped) > 3 else ""
+        # Files are read once a run, however many epochs it has.
+        logger.warning(
+            "DataConfig.source=%r: %d files are skipped (%s%s), only %s are read",
+            str(directory), len(skipped), names, more, ", ".join(_EXTENSIONS),
+        )  # fmt: skip
+    return found
+
+
 def _decode(content: bytes, where: str) -> str:
     try:
-        return content.decode()
+        return content.decode("utf-8-sig")  # some editors write a mark first
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8: {error}; convert it") from error
 
@@ -117,10 +136,11 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
-            if line.isspace():
+            text = _decode(line, where)
+            if not text or text.isspace():
                 continue
             try:
-                row = json.loads(_decode(line, where))
+                row = json.loads(text)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where} is not JSON: {error}") from error
             yield _text(row, text_field, where)

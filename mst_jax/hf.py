@@ -133,11 +133,23 @@ def _weight_files(directory: Path) -> list[Path]:
         raise FileNotFoundError(
             f"{directory} has no .safetensors file, only {weights or there}{hint}"
         )
-    weight_map = json.loads(index.read_text())["weight_map"]
-    files = [directory / name for name in sorted(set(weight_map.values()))]
+    weight_map = _read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no weight_map of files: download it again")
+    files = [directory / name for name in sorted(set(map(str, weight_map.values())))]
     if missing := [f.name for f in files if not f.exists()]:
         raise FileNotFoundError(f"{index} names files that are not there: {missing}")
     return files
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}; download it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is a JSON {type(values).__name__}, not an object")
+    return values
 
 
 class _Tensor(NamedTuple):
@@ -270,7 +282,7 @@ def load_params(
 
     Raises:
         ValueError: tensors missing, unexpected, misshaped or quantized, all in one
-            message by HF name; a truncated file; shardings that are not params' tree.
+            message by HF name; a damaged file; shardings that are not params' tree.
         FileNotFoundError: no safetensors, or not all that the index names.
     """
     directory, dtype = Path(directory), np.dtype(dtype)
@@ -432,7 +444,7 @@ def export_hf(
         raise FileNotFoundError(f"source_dir={str(source)!r} is not a directory")
     base = None
     if source is not None and (source / "config.json").exists():
-        base = json.loads((source / "config.json").read_text())
+        base = _read_object(source / "config.json")
     written = np.dtype(dtype or leaves["embed/embedding"].dtype).name
     config = hf_config(cfg, base=base, dtype=written)
 

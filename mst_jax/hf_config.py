@@ -19,8 +19,8 @@ def model_config_from_hf(hf: dict[str, Any] | str | Path) -> ModelConfig:
         hf: the parsed dictionary, the file, or the directory that holds it.
 
     Raises:
-        ValueError: another architecture, a missing key, a bias, an activation other
-            than SiLU, or a RoPE scaling this package does not have.
+        ValueError: no JSON object, another architecture, a missing key, a bias, an
+            activation other than SiLU, or a RoPE scaling this package does not have.
         FileNotFoundError: no such file.
     """
     values = hf if isinstance(hf, dict) else _read_config(Path(hf))
@@ -67,9 +67,12 @@ def _read_config(path: Path) -> dict[str, Any]:
                 f"only {there}"
             )
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is a JSON {type(values).__name__}, not an object")
+    return values
 
 
 def _rope_from_hf(hf: dict[str, Any]) -> RopeConfig:

@@ -267,6 +267,32 @@ def test_single_text_file_and_mixed_directory(tmp_path):
     assert load_data(config(tmp_path, holdout=0.0), 256).num_tokens == 400
 
 
+def test_a_directory_says_once_which_files_it_skips(tmp_path, caplog):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "A.TXT").write_text("a" * 300)
+    (tmp_path / "B.JsonL").write_text(json.dumps({"text": "b" * 100}))
+    assert load_data(config(tmp_path, holdout=0.0), 256).num_tokens == 400
+    assert not caplog.records
+    assert load_data(config(tmp_path / "sub" / "A.TXT", holdout=0.0), 256)
+    for name in ("sub/notes.md", "c.json", "d.jsonl.gz", "e.csv"):
+        (tmp_path / name).write_text("not data")
+    data = load_data(config(tmp_path, holdout=0.0), 256)
+    take(data.train_iterator(), 20)  # several epochs
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("mst_jax", "WARNING")
+    assert "4 files are skipped (c.json, d.jsonl.gz, e.csv, ...)" in record.message
+    assert "only .txt, .jsonl, .parquet, .npy are read" in record.message
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
+def test_a_byte_order_mark_is_not_text(tmp_path, name):
+    text = "z" * 100
+    content = text if name == "x.txt" else json.dumps({"text": text}) + "\n\n"
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+    data = load_data(config(tmp_path / name, holdout=0.0), 256)
+    assert data.num_tokens == 100
+
+
 def test_stdlib():
     data = load_data(config("stdlib", seq_len=512), 256)
     assert data.num_documents > 300 and 5e6 < data.num_tokens < 10e6

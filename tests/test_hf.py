@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -341,6 +342,38 @@ def test_files_that_are_not_there(tmp_path, source):
     (tmp_path / "model.safetensors").write_text("version https://git-lfs")
     with pytest.raises(ValueError, match="not a whole safetensors file .23 bytes"):
         hf.load_params(tmp_path, CFG, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "is not JSON: Expecting value"),
+        ('{"weight_map": {', "is not JSON"),
+        ("[]", "is a JSON list, not an object"),
+        ('{"metadata": {}}', "has no weight_map"),
+        ('{"weight_map": ["model.safetensors"]}', "has no weight_map"),
+    ],
+)
+def test_a_damaged_index_is_named(tmp_path, content, message):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(f"{index} {message}")):
+        hf.load_params(tmp_path, CFG, dtype="float32")
+
+
+def test_an_index_of_things_that_are_no_names(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"model.norm.weight": ["a"], "lm_head": null}}')
+    with pytest.raises(FileNotFoundError, match="names files that are not there"):
+        hf.load_params(tmp_path, CFG, dtype="float32")
+
+
+@pytest.mark.parametrize("content, message", [("[]", "a JSON list"), ("{", "not JSON")])
+def test_export_names_a_damaged_source(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"config\.json is {message}"):
+        hf.export_hf(random_params(CFG), CFG, tmp_path / "out", source_dir=tmp_path)
+    assert not (tmp_path / "out").exists()
 
 
 def test_shardings_must_be_the_tree_of_params(source):

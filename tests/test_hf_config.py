@@ -181,3 +181,11 @@ def test_config_json_that_is_torn(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "lla')
     with pytest.raises(ValueError, match=r"config\.json is not JSON: "):
         model_config_from_hf(tmp_path)
+
+
+@pytest.mark.parametrize("content, kind", [("[]", "list"), ('"llama"', "str")])
+def test_config_json_that_is_no_object(tmp_path, content, kind):
+    (tmp_path / "config.json").write_text(content)
+    message = rf"config\.json is a JSON {kind}, not an object"
+    with pytest.raises(ValueError, match=message):
+        model_config_from_hf(tmp_path)
