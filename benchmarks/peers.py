@@ -162,7 +162,7 @@ def run_entry(job: dict, args, total_GiB: float, ends: float) -> list[dict]:
 
 def run_all(args, name: str, total_GiB: float) -> list[dict]:
     """Run all entries until the time is spent."""
-    from mst_jax.hf import hf_config
+    from mst_jax.hf_config import hf_config
     from mst_jax.presets import PRESETS
 
     model, results = PRESETS[args.preset], []

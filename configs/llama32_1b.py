@@ -13,12 +13,11 @@ from mst_jax.config import Config, DataConfig, OptimConfig, TrainConfig
 
 
 def get_config() -> Config:
-    init_from = "meta-llama/Llama-3.2-1B"
     return Config(
-        init_from=init_from,
+        init_from="meta-llama/Llama-3.2-1B",
         out_dir="runs/llama32_1b",
         data=DataConfig(
-            source="stdlib", tokenizer=init_from, seq_len=16384, batch_size=1,
+            source="stdlib", seq_len=16384, batch_size=1,
             packing=False,
         ),
         optim=OptimConfig(

@@ -22,12 +22,11 @@ from mst_jax.config import Config, DataConfig, OptimConfig, TrainConfig
 
 
 def get_config() -> Config:
-    init_from = "meta-llama/Meta-Llama-3-8B"
     return Config(
-        init_from=init_from,
+        init_from="meta-llama/Meta-Llama-3-8B",
         out_dir="runs/llama3_8b",
         data=DataConfig(
-            source="stdlib", tokenizer=init_from, seq_len=65536, batch_size=1,
+            source="stdlib", seq_len=65536, batch_size=1,
             packing=False,
         ),
         optim=OptimConfig(

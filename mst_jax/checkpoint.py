@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 try:
     import orbax.checkpoint.v1 as ocp  # pyright: ignore[reportMissingImports]
@@ -125,7 +126,10 @@ class Checkpoints:
         try:
             self._clear_up()
             path.with_suffix(".tmp").mkdir(parents=True)
-            writing = ocp.save_async(f"{path}.tmp/arrays", leaves)
+            with _pageable():
+                writing = ocp.save_async(
+                    f"{path}.tmp/arrays", jax.tree.map(_own, leaves)
+                )
         except Exception as error:
             raise _not_saved(path, error) from error
         self._pending = self._thread.submit(self._finish, path, manifest, writing)
@@ -250,6 +254,7 @@ class Checkpoints:
             (partial / "manifest.json").write_text(json.dumps(signed))
             _checksums([partial / "manifest.json"], sync=True)
             partial.rename(path)
+            _sync(self._directory)  # before the old ones go
             whole = [self._directory / str(step) for step in self.steps()]
             whole = [old for old in whole if (old / "manifest.json").exists()]
             for old in whole[: -self._keep]:
@@ -258,6 +263,28 @@ class Checkpoints:
                 shutil.rmtree(old.with_suffix(".tmp"))
         except Exception as error:
             raise _not_saved(path, error) from error
+
+
+def _pageable() -> ocp.Context:
+    """Orbax's copy in pageable memory: XLA's pool of pinned memory is the run's own."""
+    context = ocp.Context()
+    context.array.saving.enable_pinned_host_transfer = False
+    return context
+
+
+def _own(leaf: jax.Array) -> Any:
+    """Copy an array in host memory: the next step would change what is being written."""
+    on_host = leaf.sharding.memory_kind == "pinned_host"
+    return np.array(leaf) if on_host else leaf
+
+
+def _sync(directory: Path) -> None:
+    """Force the names in a directory to disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _not_saved(path: Path, error: Exception) -> SaveError:

@@ -1,6 +1,7 @@
 """Command lines: `train.py --config RECIPE [overrides]`, `mst-jax export`, `plan`."""
 
 import importlib.util
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,16 +139,35 @@ def export(args: Export) -> None:
     restored = checkpoints.restore(params, step, partial=True)
     assert restored is not None  # extra() has found one
     step, state, _ = restored
-    source = next(
-        (p for p in (extra["source"], cfg.data.tokenizer) if p and Path(p).is_dir()),
-        None,
-    )
-    hf.export_hf(state["params"], model, args.out, source_dir=source, dtype=args.dtype)
+    source = extra["source"]
+    if source is not None and not Path(source).is_dir():
+        source = None
+    tokenizer = _tokenizer_dir(cfg, source)
+    hf.export_hf(
+        state["params"], model, args.out,
+        source_dir=source, tokenizer_dir=tokenizer, dtype=args.dtype,
+    )  # fmt: skip
     print(f"wrote step {step} of {directory} to {args.out}")
-    if cfg.data.tokenizer == "bytes" and source is None:
+    if cfg.tokenizer == "bytes":
         print("without tokenizer files: the tokens are bytes")
-    elif source is None:
-        print("without tokenizer files: the run's source directory is not there")
+    elif tokenizer is None:
+        print(f"without tokenizer files: those of {cfg.tokenizer!r} are not here")
+
+
+def _tokenizer_dir(cfg: Config, source: str | None) -> str | None:
+    """Return where the files of the run's tokenizer are, without a download."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name = cfg.tokenizer
+    if name == "bytes" or Path(name).is_dir():
+        return None if name == "bytes" else name
+    if name == cfg.init_from:
+        return source
+    try:  # trained with, so in the hub's cache
+        return snapshot_download(name, local_files_only=True)
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError):
+        return None
 
 
 def _find_checkpoint(path: Path) -> tuple[Path, int | None]:
@@ -181,30 +201,47 @@ class Plan:
     """Figure of memory against sequence length."""
 
 
+class VerifyError(Exception):
+    """The planned step does not compile."""
+
+
 def plan(args: Plan) -> None:
     """Print the plan, its table and, if asked for, the compiled figure.
 
     Raises:
         ValueError: nothing fits, or an argument is wrong.
         NotImplementedError, ImportError: see `compile_only.py`.
+        VerifyError: the compilation failed, or took too long.
     """
     from mst_jax.compile_only import compile_step
     from mst_jax.gpus import find_gpu
     from mst_jax.plan_report import report
-    from mst_jax.planner import GIB, default_budget, parse_bytes
+    from mst_jax.planner import default_budget, parse_bytes
+    from mst_jax.prediction import GIB, show
 
     cfg, gpu = load_recipe(args.config), find_gpu(args.gpu)
     model = _model_of(cfg)
     device = default_budget(gpu)
     if args.device_memory is not None:
         device = parse_bytes(args.device_memory)
+    if device > gpu.usable:
+        raise ValueError(
+            f"device_memory={args.device_memory!r}: a process can hold "
+            f"{show(gpu.usable)} of {gpu.name}; give less, or leave it out to plan "
+            f"with {show(default_budget(gpu))}"
+        )
     text, planned, prediction = report(
         cfg, model, gpu, recipe=args.config, seq_len=args.seq_len,
         device_bytes=device, host_bytes=parse_bytes(args.host_memory), png=args.out,
     )  # fmt: skip
     print(text)
     if args.verify:
-        compiled = compile_step(planned, model, gpu)
+        try:
+            compiled = compile_step(planned, model, gpu)
+        except NotImplementedError:  # a RuntimeError, and says itself what to do
+            raise
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            raise VerifyError(f"the plan above is not verified: {error}") from error
         workspace = prediction.peak_device - prediction.peak_compiled
         print(
             f"Compiled for {gpu.name}: {compiled.device / GIB:.2f} GiB, predicted "
@@ -245,7 +282,9 @@ def main() -> int:
             {"export": Export, "plan": Plan}, prog="mst-jax"
         )
         plan(command) if isinstance(command, Plan) else export(command)
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+    except (
+        ValueError, OSError, ImportError, NotImplementedError, VerifyError,
+    ) as error:  # fmt: skip
         return _fail(error)
     return 0
 

@@ -42,8 +42,9 @@ class DataConfig:
     source: str = "stdlib"
     """'stdlib' (Python's own source files), or a path to .txt, .jsonl, .parquet, .npy,
     or a directory of such files; 'hf:NAME' is a Hugging Face dataset."""
-    tokenizer: str = "bytes"
-    """'bytes' (V=256), or an HF tokenizer directory or hub id."""
+    tokenizer: str | None = None
+    """'bytes' (V=256), or an HF tokenizer directory or hub id; None is that of
+    init_from, and 'bytes' for a fresh model."""
     text_field: str = "text"
     """Field of the text in JSONL, Parquet and HF rows."""
     seq_len: int = 512
@@ -246,8 +247,9 @@ class Config:
             raise ValueError("Config needs a model or init_from (an HF checkpoint)")
         if self.model is not None and self.init_from is not None:
             raise ValueError(
-                f"Config has both a model and init_from={self.init_from!r}: the shape "
-                "comes from the checkpoint, leave model None"
+                f"Config has both a model and init_from={self.init_from!r}, and the "
+                "shape comes from the checkpoint: take a recipe without a model, such "
+                "as configs/llama32_1b.py"
             )
         self._check_in_backward()
         shards = self.mesh.data * self.mesh.fsdp
@@ -261,12 +263,17 @@ class Config:
                 f"OptimConfig.warmup_steps={self.optim.warmup_steps} must be below "
                 f"TrainConfig.steps={self.train.steps}"
             )
-        if self.model is not None and self.data.tokenizer == "bytes":
+        if self.model is not None and self.tokenizer == "bytes":
             if self.model.vocab_size < 256:
                 raise ValueError(
                     f"ModelConfig.vocab_size={self.model.vocab_size} is below the 256 "
                     "of tokenizer='bytes'"
                 )
+
+    @property
+    def tokenizer(self) -> str:
+        """`data.tokenizer`, or what None stands for."""
+        return self.data.tokenizer or self.init_from or "bytes"
 
     def _check_in_backward(self) -> None:
         if not self.optim.in_backward:

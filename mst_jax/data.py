@@ -55,6 +55,9 @@ class Data:
     """Training documents; None when streamed, their end is not known."""
     num_tokens: int | None
     """Training tokens; None when streamed."""
+    fill: float | None
+    """Share of the training rows' places that hold a token, of unpacked rows; None when
+    packed or streamed."""
 
     def train_iterator(self) -> grain.DatasetIterator:
         """Return a fresh iterator over the training batches.
@@ -79,7 +82,7 @@ def load_data(cfg: DataConfig, vocab_size: int | None) -> Data:
     the documents is held out, one at least; of a single document, its tail.
 
     Args:
-        cfg: source, tokenizer, shape of a batch, and seed.
+        cfg: source, tokenizer (None is bytes), shape of a batch, and seed.
         vocab_size: V of the model, to check the token ids; None checks nothing.
 
     Raises:
@@ -88,7 +91,7 @@ def load_data(cfg: DataConfig, vocab_size: int | None) -> Data:
             vocabulary, too few documents or tokens, or a tokenizer that does not load.
         ImportError: an 'hf:' source without the `datasets` package.
     """
-    encode, num_entries = _load_tokenizer(cfg.tokenizer)
+    encode, num_entries = _load_tokenizer(cfg.tokenizer or "bytes")
     stream = enumerate(_documents(cfg, encode, vocab_size))
     head = itertools.islice(stream, _STREAM_HEAD if cfg.streaming else None)
     documents = {row: document for row, document in head if len(document) > 1}
@@ -110,6 +113,7 @@ def load_data(cfg: DataConfig, vocab_size: int | None) -> Data:
             f"{cfg.seq_len} = {cfg.batch_size * cfg.seq_len}; lower one of the two, or "
             "set packing=False"
         )
+    fill = None
     if streamed:
         open_at = functools.partial(_documents, cfg, encode, vocab_size)
         windows = grain.experimental.WindowShuffleIterDataset(
@@ -120,7 +124,10 @@ def load_data(cfg: DataConfig, vocab_size: int | None) -> Data:
             seed=cfg.seed % 2**31,
         )
     else:
-        windows = grain.MapDataset.source(_Windows(train, cfg.seq_len))
+        cut = _Windows(train, cfg.seq_len)
+        if not cfg.packing:
+            fill = num_targets / (len(cut) * cfg.seq_len)
+        windows = grain.MapDataset.source(cut)
         windows = windows.seed(cfg.seed % 2**32).shuffle().repeat()
         windows = windows.to_iter_dataset(_IN_MEMORY)
     held_batches = None
@@ -135,6 +142,7 @@ def load_data(cfg: DataConfig, vocab_size: int | None) -> Data:
         unigram_entropy=_cross_entropy(train, heldout, vocab_size or num_entries),
         num_documents=None if streamed else len(train),
         num_tokens=None if streamed else num_tokens,
+        fill=fill,
     )
 
 

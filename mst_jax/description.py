@@ -107,6 +107,13 @@ def local_batch(cfg: Config) -> int:
     return cfg.data.batch_size // (cfg.mesh.data * cfg.mesh.fsdp)
 
 
+def _fill(data: Data) -> str:
+    """Say of rows of one document how much of them is padding, where it is much."""
+    if data.fill is None or data.fill > 0.9:
+        return ""
+    return f"; rows are {data.fill:.0%} full, --data.packing fills them"
+
+
 def _chunks(sizes: tuple[int, int], length: int) -> str:
     last = f", the last of {sizes[1]}" if sizes[1] else ""
     return f"{sizes[0]} of {length} tokens{last}"
@@ -132,7 +139,7 @@ def describe(
         "model": f"{model.num_params:,} parameters in {cfg.optim.param_dtype}, "
         f"computed in {cfg.train.compute_dtype}",
         "data": f"{cfg.data.source}: {tokens}, T = {T}, batch {cfg.data.batch_size} x "
-        f"{cfg.train.accumulate}",
+        f"{cfg.train.accumulate}" + _fill(data),
         "layers": f"chunks of {_chunks(chunks, T)}; {heads} of {model.num_kv_heads} "
         "key/value heads at a time",
         "loss": f"chunks of {head} of {T} tokens, gradients in the forward pass",

@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mst_jax.config import ModelConfig
+from mst_jax.hf_config import hf_config, read_object
 
 
 class _Name(NamedTuple):
@@ -58,9 +59,9 @@ _TABLE = tuple(_Name(*row) for row in (
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _PIECE = 2**25  # bytes of one read
 _AHEAD = 8  # pieces that are read before they are needed
-_COPIED = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "tokenizer.model", "generation_config.json", "chat_template.jinja",
+    "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
 
 
@@ -133,23 +134,13 @@ def _weight_files(directory: Path) -> list[Path]:
         raise FileNotFoundError(
             f"{directory} has no .safetensors file, only {weights or there}{hint}"
         )
-    weight_map = _read_object(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} has no weight_map of files: download it again")
     files = [directory / name for name in sorted(set(map(str, weight_map.values())))]
     if missing := [f.name for f in files if not f.exists()]:
         raise FileNotFoundError(f"{index} names files that are not there: {missing}")
     return files
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}; download it again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is a JSON {type(values).__name__}, not an object")
-    return values
 
 
 class _Tensor(NamedTuple):
@@ -334,61 +325,6 @@ def load_params(
     return unflatten_dict(leaves, sep="/")
 
 
-def hf_config(
-    cfg: ModelConfig, *, base: dict[str, Any] | None = None, dtype: str = "float32"
-) -> dict[str, Any]:
-    """Return HF's `config.json` of a model, the inverse of `model_config_from_hf`.
-
-    RoPE is written as transformers 5 reads it (`rope_parameters`) and as 4 does.
-
-    Args:
-        cfg: the model.
-        base: a parsed config.json whose other fields are kept.
-        dtype: name of the weights' dtype.
-
-    Raises:
-        ValueError: a sliding window, which HF's llama does not have.
-    """
-    if cfg.sliding_window is not None:
-        raise ValueError(
-            f"{cfg.sliding_window=}: HF's llama has no sliding window; export with "
-            "dataclasses.replace(cfg, sliding_window=None) for one that sees all"
-        )
-    # Without a base, transformers' Llama would end a text at token 2.
-    base = dict(base or {"bos_token_id": None, "eos_token_id": None})
-    for stale in ("quantization_config", "torch_dtype"):
-        base.pop(stale, None)
-    rope = cfg.rope
-    scaling: dict[str, Any] = {"rope_type": rope.type}
-    if rope.type != "default":
-        scaling["factor"] = rope.factor
-        # transformers knows this key in llama3 and yarn, elsewhere it warns.
-        differs = rope.original_max_position != cfg.max_position
-        if differs or rope.type in ("llama3", "yarn"):
-            scaling["original_max_position_embeddings"] = rope.original_max_position
-    own = {
-        "llama3": ("low_freq_factor", "high_freq_factor"),
-        "yarn": ("beta_fast", "beta_slow", "truncate", "attention_factor"),
-    }
-    values = {key: getattr(rope, key) for key in own.get(rope.type, ())}
-    scaling |= {key: value for key, value in values.items() if value is not None}
-    old = base.get("rope_parameters") or base.get("rope_scaling") or {}
-    kept = ("mscale", "mscale_all_dim", "partial_rotary_factor")
-    scaling |= {key: old[key] for key in kept if key in old}
-    return base | dict(
-        architectures=["LlamaForCausalLM"], model_type="llama", dtype=dtype,
-        vocab_size=cfg.vocab_size, hidden_size=cfg.hidden_size,
-        intermediate_size=cfg.intermediate_size, num_hidden_layers=cfg.num_layers,
-        num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_kv_heads,
-        head_dim=cfg.head_dim, hidden_act="silu", attention_bias=False, mlp_bias=False,
-        rms_norm_eps=cfg.rms_norm_eps, tie_word_embeddings=cfg.tie_embeddings,
-        initializer_range=cfg.initializer_range,
-        max_position_embeddings=cfg.max_position,
-        rope_parameters=scaling | {"rope_theta": rope.theta}, rope_theta=rope.theta,
-        rope_scaling=None if rope.type == "default" else scaling,
-    )  # fmt: skip
-
-
 def _tensor(param: Any, layer: int | None, transposed: bool, dtype: Any) -> np.ndarray:
     """Return one HF tensor, contiguous, of one of our leaves."""
     if layer is not None and isinstance(param, jax.Array):
@@ -409,6 +345,7 @@ def export_hf(
     out_dir: str | Path,
     *,
     source_dir: str | Path | None = None,
+    tokenizer_dir: str | Path | None = None,
     max_shard_bytes: int | float = 5e9,
     dtype: Any = None,
 ) -> None:
@@ -418,7 +355,9 @@ def export_hf(
         params: jax or numpy arrays, nested as `param_shapes(cfg)`.
         cfg: shape of the model.
         out_dir: does not exist yet, or is empty.
-        source_dir: its tokenizer files and other config.json fields are kept.
+        source_dir: other fields of its config.json, and its generation_config.json,
+            are kept.
+        tokenizer_dir: its tokenizer's files are copied.
         max_shard_bytes: most bytes of one file, unless a tensor alone has more.
         dtype: of the written weights; None keeps each parameter's.
 
@@ -426,7 +365,7 @@ def export_hf(
         ValueError: params that are not the model's, all leaves in one message; a
             sliding window.
         FileExistsError: out_dir is not empty.
-        FileNotFoundError: source_dir is not a directory.
+        FileNotFoundError: source_dir or tokenizer_dir is not a directory.
         NotImplementedError: params spread over several hosts.
     """
     out, leaves = Path(out_dir).resolve(), _flatten(params)
@@ -439,12 +378,15 @@ def export_hf(
         raise NotImplementedError("params are spread over hosts: gather them first")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is not empty: choose another or remove it")
-    source = None if source_dir is None else Path(source_dir)
-    if source is not None and not source.is_dir():
-        raise FileNotFoundError(f"source_dir={str(source)!r} is not a directory")
+    for name, given in (("source_dir", source_dir), ("tokenizer_dir", tokenizer_dir)):
+        if given is not None and not Path(given).is_dir():
+            raise FileNotFoundError(f"{name}={str(given)!r} is not a directory")
+    copied = [Path(source_dir) / "generation_config.json"] if source_dir else []
+    if tokenizer_dir:
+        copied += [Path(tokenizer_dir) / name for name in TOKENIZER_FILES]
     base = None
-    if source is not None and (source / "config.json").exists():
-        base = _read_object(source / "config.json")
+    if source_dir and (Path(source_dir) / "config.json").exists():
+        base = read_object(Path(source_dir) / "config.json")
     written = np.dtype(dtype or leaves["embed/embedding"].dtype).name
     config = hf_config(cfg, base=base, dtype=written)
 
@@ -453,9 +395,8 @@ def export_hf(
     try:
         _write_weights(leaves, cfg, partial, max_shard_bytes, dtype)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for name in _COPIED:
-            if source is not None and (source / name).exists():
-                shutil.copyfile(source / name, partial / name)
+        for path in filter(Path.exists, copied):
+            shutil.copyfile(path, partial / path.name)
         if out.exists():
             out.rmdir()
         partial.rename(out)

@@ -1,7 +1,7 @@
-"""The shape of a model from Hugging Face's `config.json`, without transformers.
+"""The shape of a model from and to Hugging Face's `config.json`, without transformers.
 
-Reads what transformers 4 and 5 write. What the model here cannot do is refused by name,
-never left out. `hf.hf_config` is the inverse.
+Reads what transformers 4 and 5 write, and writes what both read. What the model here
+cannot do is refused by name, never left out.
 """
 
 import json
@@ -66,10 +66,15 @@ def _read_config(path: Path) -> dict[str, Any]:
                 f"{directory} is no Hugging Face checkpoint: it has no config.json, "
                 f"only {there}"
             )
+    return read_object(path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, or raise a ValueError that names the file."""
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}; download it again") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} is a JSON {type(values).__name__}, not an object")
     return values
@@ -108,3 +113,58 @@ def _rope_from_hf(hf: dict[str, Any]) -> RopeConfig:
         attention_factor=attention_factor,
         **{k: rope[k] for k in optional if rope.get(k) is not None},
     )
+
+
+def hf_config(
+    cfg: ModelConfig, *, base: dict[str, Any] | None = None, dtype: str = "float32"
+) -> dict[str, Any]:
+    """Return HF's `config.json` of a model, the inverse of `model_config_from_hf`.
+
+    RoPE is written as transformers 5 reads it (`rope_parameters`) and as 4 does.
+
+    Args:
+        cfg: the model.
+        base: a parsed config.json whose other fields are kept.
+        dtype: name of the weights' dtype.
+
+    Raises:
+        ValueError: a sliding window, which HF's llama does not have.
+    """
+    if cfg.sliding_window is not None:
+        raise ValueError(
+            f"{cfg.sliding_window=}: HF's llama has no sliding window; export with "
+            "dataclasses.replace(cfg, sliding_window=None) for one that sees all"
+        )
+    # Without a base, transformers' Llama would end a text at token 2.
+    base = dict(base or {"bos_token_id": None, "eos_token_id": None})
+    for stale in ("quantization_config", "torch_dtype"):
+        base.pop(stale, None)
+    rope = cfg.rope
+    scaling: dict[str, Any] = {"rope_type": rope.type}
+    if rope.type != "default":
+        scaling["factor"] = rope.factor
+        # transformers knows this key in llama3 and yarn, elsewhere it warns.
+        differs = rope.original_max_position != cfg.max_position
+        if differs or rope.type in ("llama3", "yarn"):
+            scaling["original_max_position_embeddings"] = rope.original_max_position
+    own = {
+        "llama3": ("low_freq_factor", "high_freq_factor"),
+        "yarn": ("beta_fast", "beta_slow", "truncate", "attention_factor"),
+    }
+    values = {key: getattr(rope, key) for key in own.get(rope.type, ())}
+    scaling |= {key: value for key, value in values.items() if value is not None}
+    old = base.get("rope_parameters") or base.get("rope_scaling") or {}
+    kept = ("mscale", "mscale_all_dim", "partial_rotary_factor")
+    scaling |= {key: old[key] for key in kept if key in old}
+    return base | dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", dtype=dtype,
+        vocab_size=cfg.vocab_size, hidden_size=cfg.hidden_size,
+        intermediate_size=cfg.intermediate_size, num_hidden_layers=cfg.num_layers,
+        num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_kv_heads,
+        head_dim=cfg.head_dim, hidden_act="silu", attention_bias=False, mlp_bias=False,
+        rms_norm_eps=cfg.rms_norm_eps, tie_word_embeddings=cfg.tie_embeddings,
+        initializer_range=cfg.initializer_range,
+        max_position_embeddings=cfg.max_position,
+        rope_parameters=scaling | {"rope_theta": rope.theta}, rope_theta=rope.theta,
+        rope_scaling=None if rope.type == "default" else scaling,
+    )  # fmt: skip

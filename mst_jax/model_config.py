@@ -170,10 +170,9 @@ class ModelConfig:
         layer = attention + 3 * D * F + 2 * D
         return self.vocab_size * D + head + self.num_layers * layer + D
 
-    def flops_per_token(self, seq_len: int) -> float:
-        """Forward + backward FLOPs a token, causal attention, nothing recomputed."""
+    def flops_per_token(self, context: float) -> float:
+        """Forward + backward FLOPs of a token that sees `context` tokens."""
         embedding = self.vocab_size * self.hidden_size
         matmul = self.num_params - (0 if self.tie_embeddings else embedding)
-        seen = min(seq_len / 2, float(self.sliding_window or seq_len))
-        attention = 4 * self.num_layers * self.num_heads * self.head_size * seen
+        attention = 4 * self.num_layers * self.num_heads * self.head_size * context
         return 6 * matmul + 3 * attention

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from mst_jax import hf
 from mst_jax.checkpoint import Checkpoints
 from mst_jax.compile_cache import CompileCache, compile_cache
-from mst_jax.config import Config, ModelConfig, to_dict
+from mst_jax.config import Config, ModelConfig, from_dict, to_dict
 from mst_jax.data import load_data
 from mst_jax.description import describe, implementations
 from mst_jax.gradients import make_plan
 from mst_jax.hf_config import model_config_from_hf
 from mst_jax.memory import explained, fit
 from mst_jax.metrics import (
+    Meter,
     MetricsWriter,
-    peak_flops,
     peak_memory_bytes,
     plot_loss,
+    profiled,
     read_metrics,
 )
 from mst_jax.model import init_params
@@ -94,23 +96,43 @@ class _Run:
         self.mesh = make_mesh(cfg.mesh)
         self.checkpoints = Checkpoints(self.out / "checkpoints", keep=cfg.train.keep)
         self._check_same_run()
-        self.data = load_data(cfg.data, self.model.vocab_size)
+        data = replace(cfg.data, tokenizer=cfg.tokenizer)
+        self.data = load_data(data, self.model.vocab_size)
         self.iterator = self.data.train_iterator()
         self.batch_sharding = NamedSharding(self.mesh, BATCH_SPEC)
+        self.meter = Meter(self.model, self.mesh.size)
 
     def _check_same_run(self) -> None:
         """Refuse to resume a run of another model, data or optimizer."""
         if self.checkpoints.latest() is None:
             return
-        before = self.checkpoints.extra().get("config", {})
-        now = json.loads(json.dumps(to_dict(self.cfg)))
-        keys = ("model", "init_from", "optim")
-        different = [k for k in keys if before.get(k) != now.get(k)]
+        way_out = "use another --out-dir, or remove it to start again"
+        try:
+            before = _identity(from_dict(self.checkpoints.extra().get("config", {})))
+        except ValueError as error:
+            raise ValueError(
+                f"{self.out} holds a run of another version of this package ({error}); "
+                + way_out
+            ) from error
+        now = _identity(self.cfg)
+        different = [
+            f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
         if different:
             raise ValueError(
-                f"{self.out} holds a run with other settings of {different}: "
-                f"{[(before.get(k), now.get(k)) for k in different]}; use another "
-                "--out-dir, or remove it to start again"
+                f"{self.out} holds a run with other settings: {'; '.join(different)}; "
+                + way_out
+            )
+
+    def _check_same_data(self, before: int | None) -> None:
+        """Refuse to go on in other data: the position in it would mean another."""
+        if before != self.data.num_tokens:
+            raise ValueError(
+                f"{self.out} holds a run on {before} training tokens of "
+                f"{self.cfg.data.source!r}, which now has {self.data.num_tokens}: "
+                "restore the files as they were, or use another --out-dir"
             )
 
     # --- state ---
@@ -132,6 +154,7 @@ class _Run:
         restored = self.checkpoints.restore(abstract)
         if restored is not None:
             step, state, extra = restored
+            self._check_same_data(extra.get("num_tokens", self.data.num_tokens))
             self.iterator.set_state(extra["data"])
             self.console.print(f"resumed from step {step} of {self.out}")
             return step, state
@@ -169,6 +192,7 @@ class _Run:
             "config": to_dict(self.cfg),
             "model": to_dict(self.model),
             "source": source,
+            "num_tokens": self.data.num_tokens,
         }
         self.checkpoints.save(step, state, extra)
 
@@ -176,6 +200,8 @@ class _Run:
 
     def next_batch(self) -> dict[str, jax.Array]:
         micro = [next(self.iterator) for _ in range(self.cfg.train.accumulate)]
+        for batch in micro:
+            self.meter.add(batch)
         return self._put({k: np.stack([m[k] for m in micro]) for k in micro[0]})
 
     def _put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -204,7 +230,6 @@ class _Run:
             self.console.print(f"{out} already has all {cfg.train.steps} steps")
         step_fn = make_train_step(cfg, self.model, self.mesh)
         eval_fn = make_eval_step(cfg, self.model, self.mesh)
-        tokens_a_step = cfg.train.accumulate * cfg.data.batch_size * cfg.data.seq_len
         for line in describe(cfg, self.model, self.data, cache):
             self.console.print(line, highlight=False, soft_wrap=True)
         if start < cfg.train.steps:
@@ -214,46 +239,48 @@ class _Run:
         summary: dict[str, Any] = {"step": start, "interrupted": False, **self.loaded}
         rates: list[float] = []
         step = saved = logged = start
+        # After the first steps, which fill caches and queues, if there are more.
+        traced = min(start + 2, cfg.train.steps - 1)
+        metrics: dict[str, jax.Array] = {}
         with (
             explained(cfg, self.model),
             stop_signals() as stop,
             self._progress(start) as progress,
+            profiled(out / "profile" if cfg.profile else None, traced) as profile,
         ):
-            previous = time.perf_counter()
+            self.meter.restart()
             while step < cfg.train.steps and not stop:
-                if cfg.profile and step == start + 2:
-                    jax.profiler.start_trace(out / "profile")
-                batch = self.next_batch()
-                state, metrics = step_fn(state, batch)
+                profile(step, state)
+                state, metrics = step_fn(state, self.next_batch())
                 step += 1
                 last = step == cfg.train.steps
-                if cfg.profile and step == start + 5:
-                    jax.block_until_ready(metrics)
-                    jax.profiler.stop_trace()
+                evaluates = last or step % cfg.train.eval_every == 0
                 saves = cfg.train.save_every and (
                     last or step % cfg.train.save_every == 0
                 )
-                if step % cfg.train.log_every == 0 or last or saves:
-                    values: dict[str, Any] = {k: float(v) for k, v in metrics.items()}
-                    now = time.perf_counter()
-                    seconds, previous = (now - previous) / (step - logged), now
+                if step % cfg.train.log_every == 0 or evaluates or saves:
+                    values = self._finite(step, metrics, saved)
+                    values |= self.meter.read(step - logged)
                     logged = step
-                    self._check_finite(step, values, saved)
-                    rates.append(tokens_a_step / seconds)
-                    values |= self._speed(rates[-1], seconds, step)
-                    if last or step % cfg.train.eval_every == 0:
+                    rates.append(values["tokens_per_second"])
+                    left = cfg.train.steps - step
+                    values["seconds_left"] = values["step_seconds"] * left
+                    values["peak_memory_bytes"] = peak_memory_bytes()
+                    if evaluates:
                         values["eval_loss"] = self.evaluate(eval_fn, state["params"])
-                        previous = time.perf_counter()
                     writer.write(step, values)
                     summary |= {k: v for k, v in values.items() if v is not None}
                     progress(step, values)
                 if saves:
                     self.save(step, state)
-                    saved, previous = step, time.perf_counter()
+                    saved = step
+                if saves or evaluates:
+                    self.meter.restart()
             if stop and step > saved:
+                self._finite(step, metrics, saved)
                 self.save(step, state)
                 saved = step
-        self.checkpoints.wait()
+            self.checkpoints.wait()
         writer.close()
         plot_loss(
             read_metrics(writer.path), out / "loss.png", floor=self.data.unigram_entropy
@@ -292,21 +319,11 @@ class _Run:
         self.console.print(message, highlight=False)
         return compiled
 
-    def _speed(self, rate: float, seconds: float, step: int) -> dict[str, Any]:
-        flops = self.model.flops_per_token(self.cfg.data.seq_len)
-        peak = peak_flops()
-        devices = self.mesh.size
-        return {
-            "tokens_per_second": rate,
-            "step_seconds": seconds,
-            "mfu": rate * flops / (peak[1] * devices) if peak else None,
-            "peak_memory_bytes": peak_memory_bytes(),
-            "seconds_left": seconds * (self.cfg.train.steps - step),
-        }
-
-    def _check_finite(self, step: int, values: dict[str, float], saved: int) -> None:
+    def _finite(self, step: int, metrics: Any, saved: int) -> dict[str, Any]:
+        """Return a step's metrics as numbers, or raise NonFiniteLossError."""
+        values: dict[str, Any] = {k: float(v) for k, v in metrics.items()}
         if all(np.isfinite(values[k]) for k in ("loss", "grad_norm")):
-            return
+            return values
         good = f"{self.out / 'checkpoints' / str(saved)}" if saved else "none"
         raise NonFiniteLossError(
             f"step {step}: loss={values['loss']}, grad_norm={values['grad_norm']}; "
@@ -349,6 +366,20 @@ class _Run:
         if summary["checkpoint"]:
             line += f", {summary['checkpoint']}; next: mst-jax export {out} {out}/hf"
         self.console.print(line, highlight=False, soft_wrap=True)
+
+
+def _identity(cfg: Config) -> dict[str, Any]:
+    """What a run may not change when it resumes, by option.
+
+    Files may move: `_check_same_data` counts what is in them.
+    """
+    source = cfg.data.source if cfg.data.source.startswith("hf:") else "files"
+    data = replace(cfg.data, tokenizer=cfg.tokenizer, source=source)
+    values = to_dict(replace(cfg, data=data))
+    found = {"init_from": cfg.init_from, "model": values["model"]}
+    for part in ("data", "optim"):
+        found |= {f"{part}.{key}": value for key, value in values[part].items()}
+    return found
 
 
 def check_writable(directory: Path) -> None:

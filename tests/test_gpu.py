@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 from mosaic import jit_reference, norms
 
-from mst_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from mst_jax.checkpoint import Checkpoints
+from mst_jax.config import (
+    PRESETS,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from mst_jax.loss import next_token_loss
 from mst_jax.model import from_params, init_params
 from mst_jax.ops.attention import attention, choose_implementation
@@ -433,3 +442,33 @@ def test_optimizer_state_on_the_host_changes_nothing():
         assert {a.sharding.memory_kind for a in codes} == {kind}
         found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
     assert np.allclose(found[0], found[1], rtol=1e-3), found
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_a_save_is_of_its_step_while_the_next_ones_run(tmp_path, on_host):
+    model, mesh = PRESETS["tiny"], make_mesh(MeshConfig())
+    cfg = Config(
+        model=model,
+        data=DataConfig(seq_len=1024, batch_size=1),
+        optim=OptimConfig(
+            warmup_steps=0, in_backward=True, clip="layer", state_on_host=on_host
+        ),
+    )
+    batch = {k: v[None] % model.vocab_size for k, v in make_batch(1024).items()}
+
+    def start():
+        return init_train_state(cfg, init_params(model, 0))
+
+    shardings = state_shardings(jax.eval_shape(start), mesh, on_host=on_host)
+    state = jax.jit(start, out_shardings=shardings)()
+    step = make_train_step(cfg, model, mesh)
+    state, _ = step(state, batch)
+    want = jax.tree.map(np.array, state)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state, {})
+        for _ in range(20):
+            state, _ = step(state, batch)
+        checkpoints.wait()
+        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)
+        _, got, _ = checkpoints.restore(like)
+    jax.tree.map(np.testing.assert_array_equal, got, want)

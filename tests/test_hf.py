@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from mst_jax import hf
 from mst_jax.config import PRESETS, ModelConfig, RopeConfig
-from mst_jax.hf_config import model_config_from_hf
+from mst_jax.hf_config import hf_config, model_config_from_hf
 
 SIZES = dict(
     vocab_size=96, hidden_size=32, intermediate_size=80, num_hidden_layers=3,
@@ -249,7 +249,7 @@ ROPES = {
 @pytest.mark.parametrize("kind", ROPES)
 def test_rope_round_trip(tmp_path, kind, caplog):
     cfg = dataclasses.replace(CFG, max_position=1024, rope=ROPES[kind])
-    written = hf.hf_config(cfg)
+    written = hf_config(cfg)
     assert model_config_from_hf(written) == cfg
     (tmp_path / "config.json").write_text(json.dumps(written))
     loaded = AutoConfig.from_pretrained(tmp_path)
@@ -265,7 +265,7 @@ def test_rope_round_trip(tmp_path, kind, caplog):
     "name", ["llama2_7b", "llama3_8b", "llama32_1b", "llama31_70b"]
 )
 def test_presets_round_trip(name):
-    assert model_config_from_hf(hf.hf_config(PRESETS[name])) == PRESETS[name]
+    assert model_config_from_hf(hf_config(PRESETS[name])) == PRESETS[name]
 
 
 def test_source_files_and_unknown_fields_survive(tmp_path):
@@ -282,18 +282,24 @@ def test_source_files_and_unknown_fields_survive(tmp_path):
         (source / name).write_text(name)
     cfg = dataclasses.replace(CFG, max_position=1024, rope=ROPES["yarn_plain"])
     (tmp_path / "out").mkdir()  # empty is fine
-    hf.export_hf(random_params(cfg), cfg, tmp_path / "out", source_dir=source)
+    params = random_params(cfg)
+    hf.export_hf(params, cfg, tmp_path / "out", source_dir=source, tokenizer_dir=source)
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names == {*hf._COPIED, "config.json", "model.safetensors"}
-    assert all((tmp_path / "out" / n).read_text() == n for n in hf._COPIED)
+    copied = (*hf.TOKENIZER_FILES, "generation_config.json")
+    assert names == {*copied, "config.json", "model.safetensors"}
+    assert all((tmp_path / "out" / n).read_text() == n for n in copied)
+    hf.export_hf(params, cfg, tmp_path / "bytes", source_dir=source)
+    names = {p.name for p in (tmp_path / "bytes").iterdir()}
+    assert names == {"generation_config.json", "config.json", "model.safetensors"}
     got = json.loads((tmp_path / "out" / "config.json").read_text())
     assert got["eos_token_id"] == [7, 8] and got["my_field"] == 1
     assert "quantization_config" not in got and "torch_dtype" not in got
     # RoPE is the model's, not the source's: nothing of a changed scaling stays.
     assert got["rope_parameters"]["truncate"] is True
     assert model_config_from_hf(got) == cfg
-    with pytest.raises(FileNotFoundError, match="'nowhere' is not a directory"):
-        hf.export_hf(random_params(cfg), cfg, tmp_path / "new", source_dir="nowhere")
+    for name in ("source_dir", "tokenizer_dir"):
+        with pytest.raises(FileNotFoundError, match=f"{name}='nowhere' is not a dir"):
+            hf.export_hf(params, cfg, tmp_path / "new", **{name: "nowhere"})
 
 
 def test_all_problems_are_reported_together(tmp_path, source):

@@ -363,3 +363,9 @@ def test_more_than_2_to_the_31_logits_in_a_chunk():
     assert max(errors((dx, dw), (want_dx, want_dw))) < 5e-3
     last = slice(T - 300, T)
     assert errors(dx[:, last], want_dx[:, last])[0] < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("V", [8, 64, 128, 192, 523])
+def test_vocabularies_smaller_than_a_tile(V):
+    assert_no_worse_than_xla(*make(200, 64, V))

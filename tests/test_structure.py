@@ -41,7 +41,7 @@ RANKS = {
 # A leaf imports config, and the leaves named here.
 LEAVES = {
     "hf_config": (),
-    "hf": (),
+    "hf": ("hf_config",),
     "checkpoint": (),
     "documents": (),
     "data": ("documents",),

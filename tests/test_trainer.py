@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -15,6 +17,7 @@ import pytest
 import tensorstore
 from safetensors.numpy import load_file
 
+from mst_jax import hf, trainer
 from mst_jax.checkpoint import Checkpoints, SaveError
 from mst_jax.cli import Export, export, load_recipe, main, train_main
 from mst_jax.config import (
@@ -166,8 +169,6 @@ def test_a_signal_saves_and_the_same_command_resumes(number, tmp_path, whole):
 
 
 def test_corrupt_newest_checkpoint_uses_the_one_before(tmp_path, whole):
-    import shutil
-
     cfg = config(tmp_path)
     shutil.copytree(whole[0].out_dir, cfg.out_dir)
     newest = Path(cfg.out_dir) / "checkpoints" / "8"
@@ -187,6 +188,37 @@ def test_non_finite_loss_names_step_and_checkpoint(tmp_path):
     cfg = dataclasses.replace(cfg, optim=optim)
     with pytest.raises(NonFiniteLossError, match=r"step \d+: loss=.*checkpoint: "):
         train(cfg)
+
+
+class StopAfter:
+    """What `stop_signals` gives, with a signal after some steps."""
+
+    def __init__(self, steps):
+        self.left = steps
+
+    def __bool__(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def test_a_stopped_run_does_not_save_what_is_not_finite(tmp_path, monkeypatch):
+    cfg = config(tmp_path, log_every=100, save_every=100, eval_every=100)
+    optim = dataclasses.replace(
+        cfg.optim, name="sgd", learning_rate=1e38, clip_norm=None, warmup_steps=0
+    )
+    cfg = dataclasses.replace(cfg, optim=optim)
+    monkeypatch.setattr(trainer, "stop_signals", lambda: nullcontext(StopAfter(4)))
+    with pytest.raises(NonFiniteLossError, match="last good checkpoint: none"):
+        train(cfg)
+    assert Checkpoints(Path(cfg.out_dir) / "checkpoints", keep=2).steps() == []
+
+
+def test_evaluations_do_not_wait_for_a_logged_step(tmp_path):
+    cfg = config(tmp_path, log_every=3, eval_every=2, save_every=0, steps=7)
+    train(cfg)
+    rows = read_metrics(Path(cfg.out_dir) / "metrics.jsonl")
+    assert [r["step"] for r in rows if "eval_loss" in r] == [2, 4, 6, 7]
+    assert [r["step"] for r in rows] == [2, 3, 4, 6, 7]
 
 
 def test_golden_losses_of_the_tiny_recipe(tmp_path):
@@ -217,11 +249,42 @@ def test_sharded_run_is_the_single_device_run(tmp_path, whole):
     np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
-def test_another_model_in_the_same_directory_is_refused(tmp_path, whole):
-    cfg = dataclasses.replace(
-        whole[0], optim=dataclasses.replace(whole[0].optim, b2=0.5)
-    )
-    with pytest.raises(ValueError, match=r"other settings of \['optim'\]"):
+@pytest.mark.parametrize(
+    "part, change, message",
+    [
+        ("optim", {"b2": 0.5}, "other settings: optim.b2 was 0.95, is 0.5; use"),
+        ("model", {"num_layers": 3}, "other settings: model was"),
+        ("data", {"seed": 5}, "other settings: data.seed was 0, is 5; use"),
+        ("data", {"seq_len": 32}, "other settings: data.seq_len was 64, is 32; use"),
+    ],
+)
+def test_another_run_in_the_same_directory_is_refused(whole, part, change, message):
+    new = dataclasses.replace(getattr(whole[0], part), **change)
+    with pytest.raises(ValueError, match=message):
+        train(dataclasses.replace(whole[0], **{part: new}))
+
+
+def test_other_data_behind_the_same_name_is_refused(tmp_path):
+    cfg = config(tmp_path, steps=3)
+    train(cfg)
+    path = Path(cfg.data.source)
+    path.write_text(path.read_text() + " more")
+    again = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=4))
+    with pytest.raises(ValueError, match="training tokens of .*text.txt', which now"):
+        train(again)
+
+
+def test_a_run_of_another_version_is_told_apart(tmp_path, monkeypatch):
+    cfg = config(tmp_path, steps=3)
+    train(cfg)
+    extra = Checkpoints.extra
+
+    def other(self, step=None):
+        found = extra(self, step)
+        return found | {"config": found["config"] | {"mode": 1}}
+
+    monkeypatch.setattr(Checkpoints, "extra", other)
+    with pytest.raises(ValueError, match="another version.*mode.*another --out-dir"):
         train(cfg)
 
 
@@ -229,17 +292,18 @@ def test_hf_in_and_out(tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    hf = LlamaConfig(
+    llama = LlamaConfig(
         vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128,
     )  # fmt: skip
     torch.manual_seed(0)
-    LlamaForCausalLM(hf).save_pretrained(tmp_path / "hf")
+    LlamaForCausalLM(llama).save_pretrained(tmp_path / "hf")
     cfg = config(tmp_path, steps=3)
     cfg = dataclasses.replace(
         cfg,
         model=None,
         init_from=str(tmp_path / "hf"),
+        data=dataclasses.replace(cfg.data, tokenizer="bytes"),
         optim=OptimConfig(name="sgd", param_dtype="bfloat16", warmup_steps=1),
     )
     summary = train(cfg)
@@ -257,6 +321,39 @@ def test_hf_in_and_out(tmp_path):
     np.testing.assert_array_equal(kernel.T, theirs)
     with pytest.raises(FileExistsError, match="back"):
         export(Export(checkpoint=Path(cfg.out_dir), out=tmp_path / "back"))
+
+
+def test_the_tokenizer_that_is_exported_is_the_one_trained_with(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {f"w{i}": i for i in range(40)} | {"[UNK]": 40}
+    models = tokenizers.models
+    for name, length in (("own", 100), ("other", 200)):
+        raw = tokenizers.Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+        raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=raw, model_max_length=length
+        ).save_pretrained(tmp_path / name)
+    cfg = config(tmp_path, steps=3)
+    hf.export_hf(init_params(cfg.model, 0), cfg.model, tmp_path / "own2")
+    shutil.copytree(tmp_path / "own2", tmp_path / "own", dirs_exist_ok=True)
+    base = dataclasses.replace(cfg, model=None, init_from=str(tmp_path / "own"))
+    assert base.tokenizer == str(tmp_path / "own") and cfg.tokenizer == "bytes"
+    for tokenizer, expected in ((None, "own"), ("other", "other"), ("bytes", None)):
+        given = str(tmp_path / tokenizer) if tokenizer == "other" else tokenizer
+        run = dataclasses.replace(
+            base, out_dir=str(tmp_path / f"run-{expected}"),
+            data=dataclasses.replace(
+                cfg.data, tokenizer=given, packing=False, seq_len=16, batch_size=1
+            ),
+        )  # fmt: skip
+        train(run)
+        out = tmp_path / f"out-{expected}"
+        export(Export(checkpoint=Path(run.out_dir), out=out))
+        assert (out / "tokenizer.json").exists() == (expected is not None)
+        if expected:
+            theirs = (tmp_path / expected / "tokenizer_config.json").read_text()
+            assert (out / "tokenizer_config.json").read_text() == theirs
 
 
 def bytes_read():
@@ -369,8 +466,12 @@ def test_mistyped_option_is_suggested(capsys):
     assert "--train.steps" in captured.err + captured.out
 
 
-def test_profile_writes_a_trace(tmp_path):
-    cfg = dataclasses.replace(config(tmp_path, save_every=0), profile=True)
+@pytest.mark.parametrize("steps", [8, 4, 1])  # the last two end before three traced
+def test_profile_writes_a_trace(tmp_path, steps):
+    cfg = config(tmp_path, save_every=0, steps=steps)
+    cfg = dataclasses.replace(
+        cfg, profile=True, optim=dataclasses.replace(cfg.optim, warmup_steps=0)
+    )
     train(cfg)
     assert list((Path(cfg.out_dir) / "profile").rglob("*.xplane.pb"))
 
