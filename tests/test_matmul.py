@@ -229,6 +229,17 @@ def test_sum_of_products_says_why_not():
 
 
 @needs_pallas
+def test_a_sum_whose_result_no_kernel_writes_is_xlas(monkeypatch):
+    # 72 columns, of operands that kernels take.
+    monkeypatch.setattr(core, "_capability", lambda: (9, 0))
+    a, b, _ = make(16, 128, 72, "nt")
+    want = sum_of_products((a, b), implementation="xla")
+    np.testing.assert_array_equal(sum_of_products((a, b)), want)
+    with pytest.raises(NotImplementedError, match=r"\(16, 72\)"):
+        sum_of_products((a, b), implementation="mosaic_gpu")
+
+
+@needs_pallas
 def test_obstacles():
     def array(*shape, dtype=BF16):
         return jax.ShapeDtypeStruct(shape, dtype)

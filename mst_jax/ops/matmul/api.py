@@ -24,7 +24,9 @@ def sum_of_products(
     """
     first = pairs[0][0]
     flat = [(a.reshape(-1, a.shape[-1]), b.astype(first.dtype)) for a, b in pairs]
-    reason = obstacle(*(x for pair in flat for x in pair)) or device_obstacle()
+    rows, columns = flat[0][0].shape[0], flat[0][1].shape[0]
+    result = jax.ShapeDtypeStruct((rows, columns), first.dtype)
+    reason = obstacle(result, *(x for pair in flat for x in pair)) or device_obstacle()
     if implementation not in (None, "xla", "mosaic_gpu"):
         raise NotImplementedError(f"{implementation=} is not 'xla' or 'mosaic_gpu'")
     if implementation == "mosaic_gpu" and reason:
