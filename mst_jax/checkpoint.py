@@ -273,7 +273,7 @@ def _pageable() -> ocp.Context:
 
 
 def _own(leaf: jax.Array) -> Any:
-    """Copy an array in host memory: the next step would change what is being written."""
+    """Copy an array in host memory: the next step changes what is being written."""
     on_host = leaf.sharding.memory_kind == "pinned_host"
     return np.array(leaf) if on_host else leaf
 

@@ -52,6 +52,19 @@ def test_every_op_says_what_computes_it_and_why(data):
     assert ops["attention"][1].startswith("not cudnn: ")
 
 
+def test_padding_is_told_where_it_is_much(tmp_path):
+    # 5 targets and 2: rows of 4 hold 4, 1 and 2.
+    (tmp_path / "a.txt").write_text("abcdef")
+    (tmp_path / "b.txt").write_text("abc")
+    rows = {"source": str(tmp_path), "seq_len": 4, "batch_size": 1, "holdout": 0.0}
+    for packing, fill in ((False, 7 / 12), (True, None)):
+        cfg = dataclasses.replace(run(), data=DataConfig(**rows, packing=packing))
+        found = load_data(cfg.data, 256)
+        assert found.fill == fill
+        told = "; rows are 58% full, --data.packing fills them"
+        assert (told in lines(cfg, found)["data"]) != packing
+
+
 def test_the_reason_is_the_configuration_s():
     wide = implementations(run(compute_dtype="float32"), MODEL)["attention"]
     assert wide == ("xla", "not cudnn: takes bfloat16 and float16, not float32")
