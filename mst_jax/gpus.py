@@ -1,9 +1,10 @@
 """Named GPUs: what the planner needs to know of one, and its target for XLA's compiler.
 
 Measured, on an H200 and an H100: the share of the peak that matrix products and cuDNN's
-attention reach in the train step (`planner.py`), and the host link. Memory is what the
-driver reports, peaks and bandwidths are NVIDIA's datasheets'. For every other GPU the
-shares are assumed to be the same and its link is scaled by its PCIe generation.
+attention reach in the train step (`prediction.py` has them), and the host link. Memory
+is what the driver reports, peaks and bandwidths are NVIDIA's datasheets'. For every
+other GPU the shares are assumed to be the same and its link is scaled by its PCIe
+generation.
 
 `target` describes the GPU to the compiler, which then needs none. Only the H200's is a
 device's own; the others are that one with the fields changed that datasheets give. Each
@@ -13,6 +14,7 @@ below 8.0 there are no bf16 tensor cores, and XLA widens every matrix product to
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from mst_jax.metrics import PEAK_FLOPS
 
@@ -155,15 +157,21 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """Return a GPU by name, in any spelling such as 'A100-80GB' or 'RTX 4090'.
+    """Return a GPU by name, ours or the driver's, such as 'RTX 4090' or 'Tesla T4'.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is none of that name; with those that come near.
     """
-    key = re.sub(r"[\s_]+", "-", name.strip().lower()).removeprefix("nvidia-")
-    key = {"a100-40": "a100-40gb", "a100-80": "a100-80gb", "4090": "rtx-4090"}.get(
-        key, key
-    )
-    if key not in GPUS:
-        raise ValueError(f"gpu={name!r} is not one of {tuple(GPUS)}")
-    return GPUS[key]
+    key = _spelling(name)
+    key = {"a10040": "a10040gb", "a10080": "a10080gb", "4090": "rtx4090"}.get(key, key)
+    for known, gpu in GPUS.items():
+        if key in (_spelling(known), _spelling(gpu.name)):
+            return gpu
+    near = [known for known in GPUS if key and _spelling(known).startswith(key)]
+    near = near or get_close_matches(name.lower(), GPUS)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise ValueError(f"gpu={name!r} is not one of {tuple(GPUS)}{hint}")
+
+
+def _spelling(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower()).removeprefix("nvidia")

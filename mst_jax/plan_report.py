@@ -1,22 +1,20 @@
 """What `mst-jax plan` prints and draws: a plan in words, a table, a figure."""
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from mst_jax.config import Config, ModelConfig
 from mst_jax.gpus import Gpu
 from mst_jax.planner import (
-    GIB,
     GRAIN,
     Planned,
     fastest_plan,
+    fits,
     longest_sequence,
-    memory_limit,
     options,
-    parts,
-    show,
 )
-from mst_jax.prediction import Prediction
+from mst_jax.prediction import GIB, Prediction, parts, show
 
 
 def table(rows: list[Planned]) -> str:
@@ -63,8 +61,9 @@ def report(
         (text, cfg with the plan, its prediction).
 
     Raises:
-        ValueError: nothing fits.
+        ValueError: nothing fits, or `png` cannot be written.
     """
+    _check_path(png)
     budget = device_bytes, host_bytes
 
     def at_length(tokens: int) -> Config:
@@ -78,10 +77,11 @@ def report(
     else:
         found = fastest_plan(at_length(seq_len), model, gpu, *budget)
         first = f"The fastest plan for {seq_len} tokens:"
-    rows = [
-        fastest_plan(at_length(tokens), model, gpu, *budget)
-        for tokens in lengths(found[0].data.seq_len, 9)
-    ]
+    rows = []
+    for tokens in lengths(found[0].data.seq_len, 9)[:-1]:
+        with suppress(ValueError):  # a length of odd divisors may not fit
+            rows.append(fastest_plan(at_length(tokens), model, gpu, *budget))
+    rows.append(found)
     title = f"{gpu.name}, {cfg.optim.name}, {show(host_bytes)} of host memory"
     plot_memory(
         rows, png, title=title, device_bytes=device_bytes, host_bytes=host_bytes
@@ -101,6 +101,19 @@ def report(
     return "\n".join(text), planned, prediction
 
 
+def memory_limit(
+    cfg: Config, model: ModelConfig, gpu: Gpu, device_bytes: int, host_bytes: int
+) -> str:
+    """Return which memory keeps `cfg`'s sequence from being longer."""
+    longer = replace(cfg, data=replace(cfg.data, seq_len=cfg.data.seq_len + GRAIN))
+    device = f"device memory ({device_bytes / GIB:.1f} GiB)"
+    if not fits(longer, model, gpu, (device_bytes, 2**60)):
+        return device
+    if not host_bytes:
+        return f"{device}; host memory would make it longer"
+    return f"host memory ({host_bytes / GIB:.1f} GiB)"
+
+
 def command(cfg: Config, gpu: Gpu, recipe: Path, device_bytes: int) -> str:
     """Return the command of the run."""
     # JAX takes three quarters of the device if it is not told.
@@ -118,7 +131,23 @@ def lengths(longest: int, count: int) -> list[int]:
     """Return about so many lengths up to the longest, at equal ratios."""
     first = min(4 * GRAIN, longest)
     steps = (first * (longest / first) ** (i / (count - 1)) for i in range(count))
-    return sorted({max(GRAIN, int(t) // GRAIN * GRAIN) for t in steps} | {longest})
+    rounded = (max(GRAIN, int(t) // GRAIN * GRAIN) for t in steps)
+    return sorted({min(longest, t) for t in rounded} | {longest})
+
+
+def _check_path(png: Path) -> None:
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if png.suffix.lower().removeprefix(".") not in known:
+        raise ValueError(
+            f"the figure's path {str(png)!r} must end in one of {[*known]}"
+        )
+    if not png.parent.is_dir():
+        raise ValueError(
+            f"the figure's path {str(png)!r} is in a directory that is not there: "
+            "create it, or name another"
+        )
 
 
 def plot_memory(

@@ -10,38 +10,61 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache
 from typing import Any
 
 import jax.numpy as jnp
 
+from mst_jax.chunk_loop import loop_chunks
 from mst_jax.config import Config, ModelConfig, TrainConfig
 from mst_jax.gpus import Gpu
+from mst_jax.mini_sequence import ROW_MULTIPLE
 from mst_jax.ops.attention import choose_implementation
 from mst_jax.ops.swiglu import mlp_chunk_size
-from mst_jax.plan import PRESETS, RESIDUALS, read_groups
-from mst_jax.prediction import Prediction, predict
-from mst_jax.step_memory import default_loss_chunk
+from mst_jax.plan import PRESETS, RESIDUALS, LayerGroup, Plan, read_groups
+from mst_jax.prediction import Prediction, parts, predict_step, show
+from mst_jax.step_memory import (
+    MOMENTS,
+    StepMemory,
+    default_loss_chunk,
+    has_layer_kernels,
+)
 
-GIB = 2**30
 GRAIN = 1024
 """Lengths are searched in multiples of this many tokens."""
 
-_NONE = "save=" + "+".join(RESIDUALS)
-_WITHOUT_MLP = "save=input+qkv+attention+mlp_input"
-_ATTENTION, _FULL = "save=input+attention", "save=input"
-_OFFLOAD_ATTENTION, _OFFLOAD = "offload=input+attention", "offload=input"
-_EVERY = ("offload=input every=2", "offload=input every=4")
-# (faster, smaller), of device or host memory.
+
+def _kept(text: str, every: int = 1) -> LayerGroup:
+    return replace(read_groups(f"* {text}")[0], every=every)
+
+
+_NONE = _kept("save=" + "+".join(RESIDUALS))
+_WITHOUT_MLP = _kept("save=input+qkv+attention+mlp_input")
+_ATTENTION, _FULL = _kept("save=input+attention"), _kept("save=input")
+_OFFLOAD_ATTENTION, _OFFLOAD = _kept("offload=input+attention"), _kept("offload=input")
+_AWAY = _kept("offload=input save=attention")
+_FULL_2, _FULL_4 = (_kept("save=input", k) for k in (2, 4))
+_OFFLOAD_2, _OFFLOAD_4 = (_kept("offload=input", k) for k in (2, 4))
+# Blocks that are run again keep attention until then, or it would run a third time.
+_ATTENTION_2, _ATTENTION_4 = (_kept("save=input+attention", k) for k in (2, 4))
+_AWAY_2, _AWAY_4 = (_kept("offload=input save=attention", k) for k in (2, 4))
+# (faster, smaller), of device or host memory. Others, such as (_FULL, _FULL_2), were
+# within 2% of one of these for Llama3-8B on A100 to H200, with and without host memory.
 NEIGHBOURS = (
     (_NONE, _WITHOUT_MLP), (_WITHOUT_MLP, _ATTENTION), (_ATTENTION, _FULL),
-    (_ATTENTION, _OFFLOAD_ATTENTION), (_OFFLOAD_ATTENTION, _OFFLOAD), (_FULL, _OFFLOAD),
-    (_OFFLOAD, _EVERY[0]), (_EVERY[0], _EVERY[1]),
+    (_ATTENTION, _AWAY), (_ATTENTION, _OFFLOAD_ATTENTION),
+    (_AWAY, _OFFLOAD_ATTENTION), (_AWAY, _OFFLOAD),
+    (_OFFLOAD_ATTENTION, _OFFLOAD), (_FULL, _OFFLOAD),
+    (_FULL, _ATTENTION_2), (_ATTENTION_2, _ATTENTION_4),
+    (_OFFLOAD, _AWAY_2), (_ATTENTION_2, _AWAY_2),
+    (_ATTENTION_4, _AWAY_4), (_AWAY_2, _OFFLOAD_4),
+    (_FULL_2, _FULL_4), (_OFFLOAD, _OFFLOAD_2), (_FULL_2, _OFFLOAD_2),
+    (_OFFLOAD_2, _OFFLOAD_4), (_FULL_4, _OFFLOAD_4),
 )  # fmt: skip
 PURE = tuple(dict.fromkeys(plan for pair in NEIGHBOURS for plan in pair))
-
-
+"""Candidates for all layers, of as yet 0 layers."""
 Planned = tuple[Config, Prediction]
+Candidate = tuple[StepMemory, Prediction]
 Budget = tuple[int, int]
 
 
@@ -68,10 +91,10 @@ def fastest_plan(
         ValueError: nothing fits; with what would be needed and what to change.
     """
     budget = default_budget(gpu) if device_bytes is None else device_bytes, host_bytes
-    found = list(_fitting(cfg, model, gpu, budget, _cuts(cfg, model, gpu)))
+    found = list(_fitting(model, gpu, budget, _cuts(cfg, model, gpu)))
     if not found:
         raise ValueError(_too_long(cfg, model, gpu, budget))
-    return min(found, key=lambda item: item[1].step_seconds)
+    return _planned(min(found, key=lambda item: item[1].step_seconds))
 
 
 def longest_sequence(
@@ -90,18 +113,28 @@ def longest_sequence(
     def at_length(grains: int) -> Config:
         return replace(cfg, data=replace(cfg.data, seq_len=grains * GRAIN))
 
-    def fits(grains: int) -> bool:
-        return _fits(at_length(grains), model, gpu, budget)
+    def holds(grains: int) -> bool:
+        return fits(at_length(grains), model, gpu, budget)
 
-    if not fits(1):
+    if not holds(1):
         raise ValueError(_too_long(at_length(1), model, gpu, budget))
     low, high = 1, 2
-    while fits(high):
+    while holds(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        low, high = (middle, high) if holds(middle) else (low, middle)
     return fastest_plan(at_length(low), model, gpu, *budget)
+
+
+def fits(cfg: Config, model: ModelConfig, gpu: Gpu, budget: Budget) -> bool:
+    """Return whether any plan for `cfg.data.seq_len` is within (device, host) bytes."""
+    finest = [
+        cut
+        for cut in _cuts(cfg, model, gpu)
+        if cut.train.head_groups == model.num_kv_heads and not cut.train.prefetch
+    ]
+    return next(_fitting(model, gpu, budget, finest), None) is not None
 
 
 def parse_bytes(text: str) -> int:
@@ -110,7 +143,8 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: no number with a unit.
     """
-    match = re.fullmatch(r"([0-9.]+) ?([KMGT])(i?)B", text.strip(), re.IGNORECASE)
+    pattern = r"([0-9]+(?:\.[0-9]+)?) ?([KMGT])(i?)B"
+    match = re.fullmatch(pattern, text.strip(), re.IGNORECASE)
     if not match:
         raise ValueError(f"{text!r} is no size: write for example 120GiB")
     number, unit, binary = match.groups()
@@ -136,51 +170,36 @@ def options(train: TrainConfig) -> list[str]:
     ]
 
 
-def memory_limit(
-    cfg: Config, model: ModelConfig, gpu: Gpu, device_bytes: int, host_bytes: int
-) -> str:
-    """Return which memory keeps `cfg`'s sequence from being longer."""
-    longer = replace(cfg, data=replace(cfg.data, seq_len=cfg.data.seq_len + GRAIN))
-    if _fits(longer, model, gpu, (device_bytes, 2**60)):
-        return f"host memory ({host_bytes / GIB:.1f} GiB)"
-    return f"device memory ({device_bytes / GIB:.1f} GiB)"
-
-
-def _fits(cfg, model, gpu, budget):
-    cuts = _cuts(cfg, model, gpu)
-    finest = [
-        c for c in cuts if c["head_groups"] == model.num_kv_heads and not c["prefetch"]
-    ]
-    return next(_fitting(cfg, model, gpu, budget, finest), None) is not None
-
-
-def _cuts(cfg: Config, model: ModelConfig, gpu: Gpu) -> list[dict[str, int]]:
-    """Return head groups, chunk sizes and prefetch, much memory to little.
+def _cuts(cfg: Config, model: ModelConfig, gpu: Gpu) -> list[Config]:
+    """Set head groups, chunk sizes and prefetch: of much memory to of little.
 
     The layers run on the whole sequence where it fits, and kernels take it (multiples
     of 8 rows): a loop over chunks copies them in and out. The chunks' budgets are those
-    of `mini_sequence.py`, a quarter and a sixteenth. All chunks are equal where that is
-    possible: a shorter last one costs a copy of a whole sequence, and in a step of
-    800,768 tokens XLA also kept 3.9 GiB of zeros.
+    of `mini_sequence.py`, a quarter and a sixteenth.
     """
     B, T = cfg.data.batch_size, cfg.data.seq_len
-    dtype = jnp.dtype(cfg.train.compute_dtype)
-    mlp = mlp_chunk_size(B, model.intermediate_size, dtype)
+    mlp = mlp_chunk_size(B, model.intermediate_size, jnp.dtype(cfg.train.compute_dtype))
     loss = default_loss_chunk(cfg, model, gpu)
-    chunks = [(mlp // part, loss // part) for part in (1, 4, 16)]
-    if mlp < T and B * T % 8 == 0:
-        chunks.insert(0, (T, loss))
-    return [
+    chunks = [(T, loss)] if mlp < T and B * T % ROW_MULTIPLE == 0 else []
+    kernels = has_layer_kernels(cfg, model, gpu)
+    for part in (1, 4, 16):
+        if kernels:
+            chunks.append((_chunks_of_8(T, mlp // part, B), loss // part))
+        if not kernels or cfg.train.asked_implementation is None:
+            chunks.append((_equal_chunks(T, mlp // part, B), loss // part))
+    settings = [
         {
+            "plan": "full",  # until one is chosen
             "head_groups": groups,
-            "mlp_chunk_size": _equal_chunks(T, layer, B),
+            "mlp_chunk_size": layer,
             "loss_chunk_size": _equal_chunks(T, head, B),
             "prefetch": prefetch,
         }
-        for layer, head in chunks
+        for layer, head in dict.fromkeys(chunks)
         for groups in _head_groups(cfg, model)
         for prefetch in (True, False)
     ]
+    return [replace(cfg, train=replace(cfg.train, **setting)) for setting in settings]
 
 
 def _head_groups(cfg: Config, model: ModelConfig) -> list[int]:
@@ -205,88 +224,114 @@ def _head_groups(cfg: Config, model: ModelConfig) -> list[int]:
 def _equal_chunks(length: int, most: int, batch: int) -> int:
     """The largest divisor of the length up to `most`; `most` if it is far smaller.
 
-    If there is one, one that makes multiples of the 8 rows that kernels take.
+    A shorter last chunk costs a copy of a whole sequence, and in a step of 800,768
+    tokens XLA also kept 3.9 GiB of zeros. If there is one, a divisor that makes
+    multiples of the 8 rows that kernels take.
     """
     most = max(1, most)
     fewest = -(-length // most)
     counts = [c for c in range(fewest, 4 * fewest + 1) if length % c == 0]
     sizes = [length // count for count in counts]
-    rows_of_8 = [size for size in sizes if batch * size % 8 == 0]
+    rows_of_8 = [size for size in sizes if batch * size % ROW_MULTIPLE == 0]
     return next(iter(rows_of_8 + sizes), most)
 
 
+def _chunks_of_8(length: int, most: int, batch: int) -> int:
+    """`most`, where only a shorter last chunk makes large chunks that kernels take.
+
+    The copy takes less time than XLA's products, or than chunks of half the size, whose
+    weight gradients are added up twice as often.
+    """
+    equal, most = _equal_chunks(length, most, batch), max(1, most)
+    size, rest = loop_chunks(length, most)
+    taken = all(batch * rows % ROW_MULTIPLE == 0 for rows in (size, rest))
+    large = 2 * equal >= size and batch * equal % ROW_MULTIPLE == 0
+    return most if taken and not large else equal
+
+
 def _fitting(
-    cfg: Config,
-    model: ModelConfig,
-    gpu: Gpu,
-    budget: Budget,
-    cuts: list[dict[str, int]],
-) -> Iterator[Planned]:
+    model: ModelConfig, gpu: Gpu, budget: Budget, cuts: list[Config]
+) -> Iterator[Candidate]:
     """Yield the candidates within the budget; of each mixture only the fastest."""
     L = model.num_layers
     fitting = set()  # whole plans, which a finer cut would only slow down
+    possible = [p for p in PURE if not p.offload or budget[1]]
     for cut in cuts:
-        attempt = partial(_attempt, cfg, model, gpu, cut)
-        least = 2**60
-        for plan in PURE:
-            if plan in fitting or L % _every(plan):
+        step = StepMemory(cut, model, gpu)
+        least = dict.fromkeys(possible, 0)  # device memory of any number of layers
+        for plan in possible:
+            if plan in fitting or L % plan.every:
                 continue
-            found = attempt(_by_name(plan))
-            least = min(least, found[1].peak_device)
-            if _within(found, budget):
+            found = _candidate(step, replace(plan, layers=L))
+            least[plan] = found[1].peak_device - step.block(plan)
+            if found[1].within(budget):
                 fitting.add(plan)
                 yield found
-        if not fitting and least > budget[0]:
-            continue  # a mixture lies between its plans
         for faster, smaller in NEIGHBOURS:
-            if faster in fitting:
+            if faster in fitting or not {faster, smaller} <= least.keys():
                 continue  # all layers have the faster one
-            found = _mixture(attempt, L, faster, smaller, budget)
-            if found is not None and _within(found, budget):
+            if min(least[faster], least[smaller]) > budget[0]:
+                continue  # a mixture lies between its plans
+            found = _mixture(step, faster, smaller, budget)
+            if found is not None and found[1].within(budget):
                 yield found
 
 
-def _attempt(cfg, model, gpu, cut, plan) -> Planned:
-    offloads = any(group.offload for group in read_groups(plan))
-    cut = cut | {"prefetch": cut["prefetch"] and offloads}
-    changed = replace(cfg, train=replace(cfg.train, plan=plan, **cut))
-    return changed, predict(changed, model, gpu)
+def _candidate(step: StepMemory, *groups: LayerGroup) -> Candidate:
+    train = step.cfg.train
+    prefetch = train.prefetch and any(group.offload for group in groups)
+    plan = Plan(groups=groups, head_groups=train.head_groups, prefetch=prefetch)
+    step = step.with_plan(plan)
+    return step, predict_step(step)
 
 
-def _within(found: Planned, budget: Budget) -> bool:
-    return found[1].peak_device <= budget[0] and found[1].peak_host <= budget[1]
+def _planned(found: Candidate) -> Planned:
+    """Return the configuration of a candidate."""
+    (step, prediction), cfg = found, found[0].cfg
+    plan = _text(step.plan.groups)
+    train = replace(cfg.train, plan=plan, prefetch=step.plan.prefetch)
+    return replace(cfg, train=train), prediction
 
 
-def _mixture(attempt, L, faster, smaller, budget) -> Planned | None:
-    """As many layers of the faster plan as the memory holds that it takes more of."""
-    on_host = faster.startswith("offload")
+def _mixture(
+    step: StepMemory, faster: LayerGroup, smaller: LayerGroup, budget: Budget
+) -> Candidate | None:
+    """As many layers of the faster plan as both memories hold."""
+    L = step.L
     counts = [
-        n
-        for n in range(1, L)
-        if n % _every(faster) == 0 and (L - n) % _every(smaller) == 0
+        n for n in range(1, L) if n % faster.every == 0 == (L - n) % smaller.every
     ]
 
-    def mix(n: int) -> Planned:
+    @cache
+    def mix(i: int) -> Candidate:
+        n = counts[i]
         # Layers that save more come last: they go first on the way back.
-        return attempt(f"{L - n} {smaller}; {n} {faster}")
+        return _candidate(
+            step, replace(smaller, layers=L - n), replace(faster, layers=n)
+        )
 
-    def too_many(n: int) -> bool:
-        prediction = mix(n)[1]
-        used = prediction.peak_host if on_host else prediction.peak_device
-        return used > budget[on_host]
+    def too_many(i: int) -> bool:
+        """Whether fewer layers would take less of a memory that is exceeded.
 
-    if not counts or too_many(counts[0]):
+        They may take more: where the slower plan runs blocks again, or it alone
+        offloads.
+        """
+        for memory, most in enumerate(budget):
+            used = mix(i)[1].peaks[memory]
+            if used > most and used > mix(i - 1)[1].peaks[memory]:
+                return True
+        return False
+
+    if not counts:
         return None
-    return mix(counts[bisect_left(counts, True, lo=1, key=too_many) - 1])
+    return mix(bisect_left(range(len(counts)), True, lo=1, key=too_many) - 1)
 
 
-def _every(plan: str) -> int:
-    return int(plan.partition("every=")[2] or 1)
-
-
-def _by_name(plan: str) -> str:
-    """The plan for all layers, by its name if it has one."""
-    text = f"* {plan}"
+def _text(groups: tuple[LayerGroup, ...]) -> str:
+    """The plan in words, by its name if it has one."""
+    if len(groups) == 1:
+        groups = (replace(groups[0], layers=0),)
+    text = str(Plan(groups=groups))
     return next((name for name, known in PRESETS.items() if known == text), text)
 
 
@@ -295,23 +340,26 @@ def _by_name(plan: str) -> str:
 
 def _too_long(cfg, model, gpu, budget) -> str:
     """Say what the sequence needs and what would make room."""
-    least = _least(cfg, model, gpu, budget[1])
+    smallest, needs = _least(cfg, model, gpu, budget[1])
+    train = smallest.train
     lines = [
-        f"{cfg.data.seq_len} tokens do not fit {gpu.name}: the smallest plan, "
-        f"{least[0].train.plan!r} with head_groups={least[0].train.head_groups}, needs "
-        f"{show(least[1].peak_device)} of device memory and {show(least[1].peak_host)} "
-        f"of host memory; there are {show(budget[0])} and {show(budget[1])}. At its "
-        f"peak: {parts(least[1])}."
+        f"{cfg.data.seq_len} tokens do not fit {gpu.name}: the smallest plan for all "
+        f"layers, {train.plan!r} with head_groups={train.head_groups}, needs "
+        f"{show(needs.peak_device)} of device memory and {show(needs.peak_host)} of "
+        f"host memory; there are {show(budget[0])} and {show(budget[1])}. At its peak: "
+        f"{parts(needs)}."
     ]
     for change, changed, host in _changes(cfg, budget[1]):
-        _, prediction = found = _least(changed, model, gpu, host)
-        saved = least[1].peak_device - prediction.peak_device
-        fits = _within(found, (budget[0], host))
+        _, prediction = _least(changed, model, gpu, host)
+        saved = needs.peak_device - prediction.peak_device
+        enough = prediction.within((budget[0], host))
+        if prediction.peak_host > max(host, needs.peak_host):
+            continue
         if change is None:
             change = f"{show(prediction.peak_host)} of host memory"
         if saved > 0:
-            lines.append(f"{change} saves {show(saved)}{'; then it fits' * fits}.")
-        elif fits:
+            lines.append(f"{change} saves {show(saved)}{'; then it fits' * enough}.")
+        elif enough:
             lines.append(f"With {change} it fits.")
     return " ".join(lines)
 
@@ -319,14 +367,14 @@ def _too_long(cfg, model, gpu, budget) -> str:
 def _least(cfg, model, gpu, host_bytes):
     """The candidate of least device memory within the host's; of equals the leanest."""
     L = model.num_layers
-    cut = _cuts(cfg, model, gpu)[-1]
-    found = []
-    for plan in (p for p in reversed(PURE) if L % _every(p) == 0):
-        train = replace(cfg.train, plan=_by_name(plan), **cut)
-        changed = replace(cfg, train=train)
-        found.append((changed, predict(changed, model, gpu)))
-    within = [item for item in found if item[1].peak_host <= host_bytes]
-    return min(within or found, key=lambda item: item[1].peak_device)
+    step = StepMemory(_cuts(cfg, model, gpu)[-1], model, gpu)
+    found = [
+        _candidate(step, replace(plan, layers=L))
+        for plan in reversed(PURE)
+        if L % plan.every == 0
+    ]
+    within = [candidate for candidate in found if candidate[1].peak_host <= host_bytes]
+    return _planned(min(within or found, key=lambda item: item[1].peak_device))
 
 
 def _changes(cfg: Config, host_bytes: int) -> Iterator[tuple[str | None, Config, int]]:
@@ -335,10 +383,12 @@ def _changes(cfg: Config, host_bytes: int) -> Iterator[tuple[str | None, Config,
     options: dict[str, Any] = {"param_dtype": "bfloat16"}
     if cfg.train.accumulate == 1:
         options["in_backward"] = True
-    if optim.name in ("adamw", "lion"):
+    if MOMENTS[optim.name]:
         options |= {"moment_dtype": "int8", "name": "adafactor"}
     if optim.state_on_host:
         options["state_on_host"] = False
+    elif host_bytes and MOMENTS[optim.name]:
+        options["state_on_host"] = True
     for key, value in options.items():
         if getattr(optim, key) == value:
             continue
@@ -346,17 +396,3 @@ def _changes(cfg: Config, host_bytes: int) -> Iterator[tuple[str | None, Config,
         changed = replace(cfg, optim=replace(optim, **{key: value}, **extra))
         yield f"optim.{key}={value!r}", changed, host_bytes
     yield None, cfg, 2**60
-
-
-def parts(prediction: Prediction) -> str:
-    """Name what the device holds at the peak, largest first."""
-    parts = sorted(prediction.components.items(), key=lambda item: -item[1])
-    least = prediction.peak_device / 100
-    return ", ".join(f"{name} {show(size)}" for name, size in parts if size > least)
-
-
-def show(size: int) -> str:
-    """Write a size in GiB, a small one in MiB."""
-    if 0 < size < GIB // 2:
-        return f"{size / 2**20:.0f} MiB"
-    return f"{size / GIB:.1f} GiB"

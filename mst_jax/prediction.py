@@ -16,6 +16,7 @@ from mst_jax.gpus import Gpu
 from mst_jax.plan import LayerGroup
 from mst_jax.step_memory import WORKSPACE, StepMemory
 
+GIB = 2**30
 MATMUL, MATMUL_KERNELS = 0.70, 0.725
 """Share of the peak in matrix products: 690 TFLOP/s of 989, 717 with the kernels."""
 ATTENTION_FORWARD, ATTENTION_BACKWARD = (0.58, 1000), (0.53, 2200)
@@ -67,6 +68,15 @@ class Prediction:
         return sum(self.host.values())
 
     @property
+    def peaks(self) -> tuple[int, int]:
+        """Most device memory, and host memory."""
+        return self.peak_device, self.peak_host
+
+    def within(self, budget: tuple[int, int]) -> bool:
+        """Return whether (device, host) bytes hold it."""
+        return self.peak_device <= budget[0] and self.peak_host <= budget[1]
+
+    @property
     def step_seconds(self) -> float:
         """Seconds of a step."""
         return sum(self.seconds.values())
@@ -87,21 +97,40 @@ def predict(cfg: Config, model: ModelConfig, gpu: Gpu) -> Prediction:
 
     Raises:
         ValueError: the plan does not fit the model.
-        NotImplementedError: more than one device, or cuDNN asked for where it cannot.
+        NotImplementedError: more than one device, or cuDNN or the Hopper kernels asked
+            for by name where they cannot run.
     """
     if cfg.mesh.data * cfg.mesh.fsdp > 1:
         raise NotImplementedError(
             f"the planner knows one device, the mesh has {cfg.mesh}; set it to one"
         )
-    memory = StepMemory(cfg, model, gpu)
-    params, device, host = memory.state
+    return predict_step(StepMemory(cfg, model, gpu))
+
+
+def predict_step(step: StepMemory) -> Prediction:
+    """Predict memory and time of a step."""
+    params, device, host = step.state
     return Prediction(
         state={"parameters": params, "optimizer state": device},
-        phases=memory.phases(),
-        host={"residuals": memory.host_residuals, "optimizer state": host},
-        seconds=_Time(memory).seconds(),
-        tokens=memory.n * cfg.train.accumulate,
+        phases=step.phases(),
+        host={"residuals": step.host_residuals, "optimizer state": host},
+        seconds=_Time(step).seconds(),
+        tokens=step.n * step.cfg.train.accumulate,
     )
+
+
+def parts(prediction: Prediction) -> str:
+    """Name what the device holds at the peak, largest first."""
+    parts = sorted(prediction.components.items(), key=lambda item: -item[1])
+    least = prediction.peak_device / 100
+    return ", ".join(f"{name} {show(size)}" for name, size in parts if size > least)
+
+
+def show(size: int) -> str:
+    """Write a size in GiB, a small one in MiB."""
+    if 0 < size < GIB // 2:
+        return f"{size / 2**20:.0f} MiB"
+    return f"{size / GIB:.1f} GiB"
 
 
 class _Time:

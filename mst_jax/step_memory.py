@@ -5,6 +5,7 @@ and w the bytes of an activation and of a weight, n = B T tokens and a layer of
 W = D (N + 2 K) H + N H D + 3 D F weights, the phases hold in bytes
 
     head       residuals + n (3 a D + 4 H) + 4 D V + C V (4 + a)
+      its sum  residuals + n (a D + 4 H) + 4 D V + w D V
     MLP        residuals + sequences + 2 n a K H + C a (6 F + 2 D) + 12 D F + layer
     attention  residuals + sequences + n A / head_groups + workspace + 12 D F + layer
     update     4 V D + n a D
@@ -31,7 +32,8 @@ cuDNN's workspace is measured on an H200, packed on an H100, and assumed elsewhe
 compilation without a device leaves it out.
 """
 
-from functools import cache, cached_property
+from copy import copy
+from functools import cache
 from math import prod
 
 import jax.numpy as jnp
@@ -71,15 +73,30 @@ class StepMemory:
         self.wide = 4 if not gpu.has_bf16 else self.a
         self.cudnn = self._runs_on_cudnn()
         size = split_length(T, layer_chunk_size(cfg, model, B, T))[1]
-        self.C, self.ragged = B * size, T % size > 0
+        self.C, rest = B * size, B * (T % size)
+        self.ragged = rest > 0
         self.head_kernels = head_implementation(cfg, model, gpu) == "mosaic_gpu"
         size = cfg.train.loss_chunk_size or default_loss_chunk(cfg, model, gpu)
         self.C_loss = B * split_length(T, size)[1]
         self.qkv = self.D * (self.NH + 2 * self.KH)
         self.W = self.qkv + self.NH * self.D + 3 * self.D * self.F
-        self.kernels = self._runs_hopper_kernels()
+        self.kernels = has_layer_kernels(cfg, model, gpu, self.C)
+        if rest:  # asked for by name, they must take the last chunk too
+            has_layer_kernels(cfg, model, gpu, rest)
         optim = cfg.optim
         self.clips_globally = optim.clip == "global" and optim.clip_norm is not None
+        # The same for every plan.
+        self.trained = self._count_trained()
+        self.state = self._state()
+        self.layer_gradients = self._layer_gradients()
+        self.gradients = self._gradients()
+        self.layer = self._layer()
+
+    def with_plan(self, plan: Plan) -> "StepMemory":
+        """Return the same step under another plan, of as many head groups."""
+        other = copy(self)
+        other.plan = plan
+        return other
 
     def _runs_on_cudnn(self) -> bool:
         cfg, gpu = self.cfg, self.gpu
@@ -93,15 +110,7 @@ class StepMemory:
             raise NotImplementedError(f"TrainConfig.attention='cudnn': {why}")
         return (asked or name) == "cudnn"
 
-    def _runs_hopper_kernels(self) -> bool:
-        name, _ = swiglu.choose_implementation(
-            jnp.dtype(self.cfg.train.compute_dtype), self.D, self.F, rows=self.C,
-            capability=self.gpu.capability,
-        )  # fmt: skip
-        return (self.cfg.train.asked_implementation or name) == name == "mosaic_gpu"
-
-    @cached_property
-    def state(self) -> tuple[int, int, int]:
+    def _state(self) -> tuple[int, int, int]:
         """Bytes of parameters, of optimizer state on the device and on the host."""
         params = device = host = 0
         for name, (count, shape) in parameters(self.model).items():
@@ -116,13 +125,13 @@ class StepMemory:
     def _frozen(self, name: str) -> bool:
         return any(is_below(name, path) for path in self.cfg.optim.freeze)
 
-    def _trained(self, *tops: str) -> int:
-        """Trained parameters below these names."""
-        return sum(
-            count * prod(shape)
-            for name, (count, shape) in parameters(self.model).items()
-            if name.split("/")[0] in tops and not self._frozen(name)
-        )
+    def _count_trained(self) -> dict[str, int]:
+        """Trained parameters by the first part of their names."""
+        found = {"layers": 0, "embed": 0, "lm_head": 0, "final_norm": 0}
+        for name, (count, shape) in parameters(self.model).items():
+            if not self._frozen(name):
+                found[name.split("/")[0]] += count * prod(shape)
+        return found
 
     def kept_bytes(self, names: frozenset[str]) -> int:
         """Bytes of one layer's residuals."""
@@ -140,6 +149,10 @@ class StepMemory:
         names = group.save if group.every == 1 else group.save & {"input"}
         return group.layers // group.every * self.kept_bytes(names)
 
+    def block(self, group: LayerGroup) -> int:
+        """Bytes of the residuals of a block, whose layers are all run again."""
+        return group.every * self.kept_bytes(group.kept) if group.every > 1 else 0
+
     @property
     def host_residuals(self) -> int:
         """Bytes of residuals in host memory."""
@@ -152,13 +165,12 @@ class StepMemory:
     def phases(self) -> dict[str, dict[str, int]]:
         """Return the largest instance of each phase."""
         # Backward, the groups' residuals go one by one, the last group's first.
-        found, saved = [], 0
+        found, saved, gradients = [], 0, self.gradients
         for group in self.plan.groups:
             saved += self._saved(group)
-            # A block's layers are run again, and all their residuals held.
-            block = group.every * self.kept_bytes(group.kept) if group.every > 1 else 0
             ahead = self.kept_bytes(group.offload) if self.plan.prefetch else 0
-            resident = {"residuals": saved + block + ahead} | self._gradients()
+            held = saved + self.block(group) + ahead
+            resident = {"residuals": held} | gradients
             found.append(("MLP", resident | self._mlp_backward(group)))
             for name, parts in self._attention_backward(group).items():
                 found.append((name, resident | parts))
@@ -172,14 +184,19 @@ class StepMemory:
         # kernels have both in one array. A head of another dtype than its products has
         # a copy in theirs.
         logits = self.a if self.head_kernels else 4 + self.wide
-        weight = 4 * self._trained("embed" if self.model.tie_embeddings else "lm_head")
-        weight += self.wide * self.V * self.D if self.wide != self.w else 0
+        trained = self.trained["embed" if self.model.tie_embeddings else "lm_head"]
+        copies = self.wide * self.V * self.D if self.wide != self.w else 0
         if self.head_kernels and self.model.tie_embeddings and self.C_loss < self.n:
-            weight += self.a * self.V * self.D  # [D, V], as the kernels take it
-        hidden = self.n * (3 * self.a * self.D + 4 * self.H)
-        held = 4 * self._trained("embed", "lm_head") + self._layer_gradients
+            copies += self.a * self.V * self.D  # [D, V], as the kernels take it
+        chunk = self.n * 2 * self.a * self.D + self.C_loss * self.V * logits
+        # After the chunks their sum is rounded to the head's dtype: both exist.
+        rounded = self.w * trained if self.w < 4 else 0
+        tokens = self.n * (self.a * self.D + 4 * self.H)
+        held = (
+            4 * (self.trained["embed"] + self.trained["lm_head"]) + self.layer_gradients
+        )
         return {
-            "head and loss": hidden + weight + self.C_loss * self.V * logits,
+            "head and loss": tokens + 4 * trained + max(copies + chunk, rounded),
             "gradients": held if self._accumulates else 0,  # of earlier micro-batches
         }
 
@@ -187,26 +204,24 @@ class StepMemory:
     def _accumulates(self) -> bool:
         return self.cfg.train.accumulate > 1
 
-    @property
     def _layer_gradients(self) -> int:
         if self.cfg.optim.in_backward:
             return 0
-        return self._trained("layers") * (4 if self._accumulates else self.w)
+        return self.trained["layers"] * (4 if self._accumulates else self.w)
 
     def _gradients(self) -> dict[str, int]:
         """Whole gradients that exist while the layers are differentiated."""
         if self._accumulates:
-            rest = 4 * self._trained("embed", "lm_head")
+            rest = 4 * (self.trained["embed"] + self.trained["lm_head"])
         elif self.model.tie_embeddings:
-            rest = 4 * self._trained("embed")  # waits for the tokens' part
+            rest = 4 * self.trained["embed"]  # waits for the tokens' part
         else:  # updated at once, unless the global norm is waited for
             wide = self.w if self.cfg.optim.in_backward else 4
-            rest = wide * self._trained("lm_head") if self.clips_globally else 0
+            rest = wide * self.trained["lm_head"] if self.clips_globally else 0
             if self.cfg.optim.moment_dtype == "int8":
-                rest += MOMENTS[self.cfg.optim.name] * self._trained("lm_head")
-        return {"gradients": rest + self._layer_gradients}
+                rest += MOMENTS[self.cfg.optim.name] * self.trained["lm_head"]
+        return {"gradients": rest + self.layer_gradients}
 
-    @property
     def _layer(self) -> int:
         """Weights of a layer, f32 gradients of wo, and narrow moments."""
         moments = 0
@@ -248,7 +263,7 @@ class StepMemory:
         chunk = self.C * int(wide * self.wide * self.F + 2 * a * self.D)
         # A single chunk has no sums to add to.
         sums = 0 if single else 12 * self.D * self.F
-        size = self._sequences + self.n * token + chunk + sums + self._layer
+        size = self._sequences + self.n * token + chunk + sums + self.layer
         return {"layer working set": size}
 
     def _attention_backward(self, group: LayerGroup) -> dict[str, dict[str, int]]:
@@ -267,7 +282,7 @@ class StepMemory:
             }
         else:
             forms = {"attention": (given + gradients, 8 * self.NH)}
-        layer = 12 * self.D * self.F + self._layer + self._sequences
+        layer = 12 * self.D * self.F + self.layer + self._sequences
         found = {}
         for name, (token, workspace) in forms.items():
             if groups > 1:
@@ -282,10 +297,28 @@ class StepMemory:
 
     def _update(self) -> dict[str, int]:
         """The embedding's update, after all layers."""
-        whole = 0 if self.cfg.optim.in_backward else self._layer_gradients
+        whole = 0 if self.cfg.optim.in_backward else self.layer_gradients
         copies = 3 if self.cfg.optim.moment_dtype == "int8" else 1
-        embed = 4 * self._trained("embed") * copies + self.n * self.a * self.D
+        embed = 4 * self.trained["embed"] * copies + self.n * self.a * self.D
         return {"gradients": whole + embed}
+
+
+def has_layer_kernels(cfg: Config, model: ModelConfig, gpu: Gpu, rows: int = 8) -> bool:
+    """Return whether Hopper's kernels run the layers' chunks of so many rows.
+
+    Raises:
+        NotImplementedError: they were asked for by name, and cannot.
+    """
+    name, why = swiglu.choose_implementation(
+        jnp.dtype(cfg.train.compute_dtype), model.hidden_size, model.intermediate_size,
+        rows=rows, capability=gpu.capability,
+    )  # fmt: skip
+    asked = cfg.train.asked_implementation
+    if asked == "mosaic_gpu" != name:
+        raise NotImplementedError(
+            f"TrainConfig.implementation='mosaic_gpu': {why}; set it to 'auto' or 'xla'"
+        )
+    return (asked or name) == "mosaic_gpu"
 
 
 def head_implementation(cfg: Config, model: ModelConfig, gpu: Gpu) -> str:

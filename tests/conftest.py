@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from importlib.metadata import version
+from importlib.util import find_spec
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     cache = tempfile.mkdtemp(prefix="mst_jax-compiled-")
@@ -52,8 +53,16 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if jax.default_backend() != "gpu":
-        skip = pytest.mark.skip(reason="needs a CUDA GPU")
+    on_gpu = jax.default_backend() == "gpu"
+    plugin = any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+    for marker, there, needs in (
+        ("gpu", on_gpu, "needs a CUDA GPU"),
+        (
+            "compiled",
+            plugin and not on_gpu,
+            "needs '.[cuda13]', and no GPU",
+        ),
+    ):
         for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(skip)
+            if marker in item.keywords and not there:
+                item.add_marker(pytest.mark.skip(reason=needs))

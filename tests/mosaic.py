@@ -10,7 +10,6 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -26,10 +25,6 @@ ROOT = Path(__file__).parents[1]
 ON_GPU = jax.default_backend() == "gpu"
 needs_pallas = pytest.mark.skipif(
     jax.__version_info__ < OLDEST_JAX, reason="needs JAX 0.11.2"
-)
-needs_compiler = pytest.mark.skipif(
-    ON_GPU or not any(find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)),
-    reason="needs the CUDA plugin and no GPU",
 )
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import mosaic
 import numpy as np
 import pytest
-from mosaic import ON_GPU, compile_for_h200, errors, needs_compiler, needs_pallas
+from mosaic import ON_GPU, compile_for_h200, errors, needs_pallas
 
 from mst_jax import linear_cross_entropy
 from mst_jax.ops.linear_cross_entropy import (
@@ -311,7 +311,7 @@ print(compiled.as_text())
 
 
 @needs_pallas
-@needs_compiler
+@pytest.mark.compiled
 def test_compiled_for_an_h200_no_logits_are_copied():
     temporaries, _, hlo = compile_for_h200(COMPILE).partition("\n")
     kernels = [line for line in hlo.splitlines() if "mosaic_gpu_v2" in line]

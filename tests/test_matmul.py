@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mosaic import compile_for_h200, errors, interpreted, needs_compiler, needs_pallas
+from mosaic import compile_for_h200, errors, interpreted, needs_pallas
 
 from mst_jax.ops.matmul import Tiles, matmul, obstacle, sum_of_products
 from mst_jax.ops.matmul import mosaic_gpu as core
@@ -299,7 +299,7 @@ for fn, arguments in products(*SIZES):
 
 
 @needs_pallas
-@needs_compiler
+@pytest.mark.compiled
 @pytest.mark.parametrize(
     "D, F",
     [

@@ -4,7 +4,6 @@ Needs the CUDA plugin (`pip install ".[cuda13]"`), no GPU.
 """
 
 import dataclasses
-import importlib.util
 import re
 from functools import cache
 
@@ -15,13 +14,7 @@ from mst_jax.config import PRESETS, Config, DataConfig, OptimConfig, TrainConfig
 from mst_jax.gpus import GPUS
 
 GIB = 2**30
-pytestmark = pytest.mark.skipif(
-    not any(
-        importlib.util.find_spec(name)
-        for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")
-    ),
-    reason="compiling for a GPU needs the CUDA plugin: pip install '.[cuda13]'",
-)
+pytestmark = pytest.mark.compiled
 
 
 def compiled(preset, tokens, optim=None, **train):

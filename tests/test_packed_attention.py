@@ -4,7 +4,6 @@ cuDNN's calls are replaced by what they promise: attention inside each segment, 
 NaN everywhere else. `test_gpu.py` has the real ones.
 """
 
-import importlib.util
 from functools import partial
 
 import jax
@@ -318,13 +317,7 @@ def test_offsets_count_elements():
 # --- the real step, compiled for GPUs that are not there ---
 
 
-@pytest.mark.skipif(
-    not any(
-        importlib.util.find_spec(name)
-        for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")
-    ),
-    reason="compiling for a GPU needs the CUDA plugin: pip install '.[cuda13]'",
-)
+@pytest.mark.compiled
 @pytest.mark.parametrize(
     "gpu, attention, levels",
     [("h200", "auto", 6), ("h200", "xla", 0), ("a100-80gb", "auto", 0)],

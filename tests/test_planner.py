@@ -1,44 +1,42 @@
-"""Predicted memory and speed, the plans chosen from them, `mst-jax plan`."""
+"""Plans chosen from predicted memory and speed, `mst-jax plan`."""
 
 import dataclasses
+import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 import tyro
 
-from mst_jax import cli
+from mst_jax import cli, compile_only, plan_report, planner
+from mst_jax.chunk_loop import loop_chunks
 from mst_jax.config import (
     PRESETS,
     Config,
     DataConfig,
-    MeshConfig,
     OptimConfig,
     TrainConfig,
 )
 from mst_jax.gpus import GPUS, H200_TARGET, find_gpu
 from mst_jax.gradients import make_plan
-from mst_jax.model import init_params
 from mst_jax.ops import matmul
+from mst_jax.plan_report import memory_limit
 from mst_jax.planner import (
-    GIB,
     GRAIN,
-    PURE,
     default_budget,
     fastest_plan,
     longest_sequence,
-    memory_limit,
     parse_bytes,
 )
-from mst_jax.prediction import predict
-from mst_jax.step_memory import WORKSPACE
-from mst_jax.train_step import init_train_state
+from mst_jax.prediction import GIB, predict
+from mst_jax.step_memory import WORKSPACE, StepMemory
 
 ROOT = Path(__file__).parent.parent
 LLAMA, SMALL = PRESETS["llama3_8b"], PRESETS["llama32_1b"]
 H200 = GPUS["h200"]
+ADAMW_8 = {"name": "adamw", "moment_dtype": "int8"}
 
 
 def config(tokens=65536, *, model=LLAMA, optim=None, packing=False, **train):
@@ -52,90 +50,7 @@ def config(tokens=65536, *, model=LLAMA, optim=None, packing=False, **train):
     )
 
 
-# --- predictions ---
-
-
-@pytest.mark.parametrize(
-    "optim",
-    [
-        {"name": "sgd"},
-        {"name": "adamw"},
-        {"name": "adamw", "param_dtype": "float32"},
-        {"name": "adamw", "moment_dtype": "bfloat16"},
-        {"name": "lion", "moment_dtype": "int8"},
-        {"name": "adafactor"},
-        {"name": "adamw", "freeze": ("embed", "layers/mlp")},
-    ],
-)
-@pytest.mark.parametrize("name", ["tiny", "llama32_1b"])
-def test_state_is_the_real_state(name, optim):
-    cfg = config(model=PRESETS[name], optim=optim)
-    state = jax.eval_shape(lambda: init_train_state(cfg, init_params(cfg.model, 0)))
-    real = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    predicted = sum(predict(cfg, cfg.model, H200).state.values())
-    assert predicted == pytest.approx(real, abs=4096)  # counters
-
-
-@pytest.mark.parametrize("plan", PURE)
-def test_memory_and_time_grow_with_the_sequence(plan):
-    steps = [predict(config(t, plan=f"* {plan}"), LLAMA, H200) for t in LENGTHS]
-    for short, long in zip(steps, steps[1:], strict=False):
-        assert short.peak_device < long.peak_device
-        assert short.peak_host <= long.peak_host
-        assert short.step_seconds < long.step_seconds
-        assert short.tokens_per_second > long.tokens_per_second
-
-
-LENGTHS = [2**k for k in range(13, 21)]
-
-
-def test_components_add_up():
-    p = predict(config(plan="save_attention"), LLAMA, H200)
-    assert p.peak_device == sum(p.components.values())
-    residuals = 32 * 65536 * (2 * 2 * 4096 + 4 * 32)
-    assert p.components["residuals"] == residuals
-    assert p.components["parameters"] == 2 * LLAMA.num_params
-    # cuDNN's workspace, 32 KiB a token, is not in a compilation without a device.
-    assert p.phases["attention"]["attention workspace"] == 2**31
-    assert p.peak_compiled < p.peak_device
-
-
-def test_each_attention_has_its_own_buffers():
-    dense, blocks, packed = (
-        predict(config(plan="save_attention", **how), LLAMA, H200)
-        for how in ({}, {"attention": "xla"}, {"packing": True})
-    )
-    token = 65536 * 4096
-    workspaces = [p.phases["attention"][WORKSPACE] for p in (dense, blocks, packed)]
-    assert workspaces == [8 * token, 0, 16 * token]
-    # gradients of q, k, v twice
-    sizes = [p.phases["attention"]["layer working set"] for p in (dense, packed)]
-    assert sizes[1] - sizes[0] == 2 * 65536 * (4096 + 2 * 1024)
-    # The branch of packed documents that no level holds.
-    assert packed.phases["attention in blocks"][WORKSPACE] == 0
-    assert packed.peak_device > packed.peak_compiled > dense.peak_compiled
-    assert blocks.peak_device == blocks.peak_compiled
-    assert blocks.seconds["attention"] > 2 * dense.seconds["attention"]
-    assert packed.seconds["attention"] == dense.seconds["attention"]
-
-
-def test_attention_is_that_of_the_gpu():
-    for gpu, how, on_cudnn in (
-        ("h200", {}, True), ("h200", {"packing": True}, True),
-        ("h200", {"attention": "xla"}, False), ("a100-80gb", {}, True),
-        ("a100-80gb", {"packing": True}, False), ("t4", {}, False),
-        ("h200", {"compute_dtype": "float32"}, False),
-        ("h200", {"attention": "cudnn", "packing": True}, True),
-    ):  # fmt: skip
-        p = predict(config(**how), LLAMA, GPUS[gpu])
-        assert (p.phases["attention"][WORKSPACE] > 0) is on_cudnn, (gpu, how)
-    for gpu, packing, why in (
-        ("t4", False, "below 8.0"),
-        ("a100-80gb", True, "packed"),
-    ):
-        cfg = config(attention="cudnn", packing=packing)
-        with pytest.raises(NotImplementedError, match=f"attention='cudnn'.*{why}"):
-            predict(cfg, LLAMA, GPUS[gpu])
+# --- plans ---
 
 
 def test_long_packed_rows_take_head_groups_for_cudnn():
@@ -151,120 +66,13 @@ def test_long_packed_rows_take_head_groups_for_cudnn():
         predict(config(2**19, packing=True, attention="cudnn"), LLAMA, H200)
 
 
-def test_what_is_offloaded_is_on_the_host():
-    saved, offloaded = (
-        predict(config(plan=plan), LLAMA, H200) for plan in ("full", "offload")
-    )
-    assert offloaded.peak_host == 16 * GIB and saved.peak_host == 0
-    assert saved.peak_device - offloaded.peak_device == 16 * GIB
-    assert offloaded.seconds["host link"] > 0
-
-
-def test_prefetch_takes_one_more_input_and_less_time():
-    waited, ahead = (
-        predict(config(plan="offload", prefetch=prefetch), LLAMA, H200)
-        for prefetch in (False, True)
-    )
-    more = [sum(p.phases["MLP"].values()) for p in (ahead, waited)]
-    one = 2 * 4096 * 65536
-    assert more[0] - more[1] == one
-    assert ahead.peak_host - waited.peak_host == one  # the stack's empty entry
-    saved = waited.seconds["host link"] - ahead.seconds["host link"]
-    assert saved == pytest.approx(31 / 32 * 16 * GIB / H200.link)
-
-
 def test_prefetch_is_for_those_who_have_the_memory():
     plans = [
         fastest_plan(config(262144, plan="offload"), LLAMA, H200, gib * GIB, 64 * GIB)
-        for gib in (28, 40)
+        for gib in (28, 30)
     ]
     assert [cfg.train.prefetch for cfg, _ in plans] == [False, True]
     assert not fastest_plan(config(16384), LLAMA, H200)[0].train.prefetch
-
-
-def test_groups_of_heads_take_less_memory_and_more_time():
-    one, eight = (
-        predict(config(plan="save_attention", head_groups=g), LLAMA, H200)
-        for g in (1, 8)
-    )
-    attention = [sum(p.phases["attention"].values()) for p in (one, eight)]
-    assert attention[1] < attention[0] - 3 * GIB
-    assert eight.peak_device < one.peak_device
-    assert eight.step_seconds > one.step_seconds
-
-
-def test_update_in_the_backward_pass_holds_no_whole_gradient():
-    one, whole = (
-        predict(config(optim={"in_backward": at_once}), LLAMA, H200)
-        for at_once in (True, False)
-    )
-    layers = 2 * (LLAMA.num_params - 2 * LLAMA.vocab_size * LLAMA.hidden_size)
-    assert whole.peak_device - one.peak_device == pytest.approx(layers, rel=0.01)
-
-
-def test_optimizer_state_on_the_host():
-    device, host = (
-        predict(config(optim={"name": "adamw", "state_on_host": there}), LLAMA, H200)
-        for there in (False, True)
-    )
-    moved = host.peak_host
-    assert moved == pytest.approx(8 * 32 * 218112000, rel=0.01)
-    assert host.state["optimizer state"] + moved == device.state["optimizer state"]
-    assert host.step_seconds > device.step_seconds
-
-
-# (tokens, plan, chunk of the layers, head groups, products, update in the backward
-# pass) -> tokens a second, of steps and runs on an H200 in docs/benchmarks.
-BUT_GATE_UP = "save=input+qkv+attention+mlp_input"
-MEASURED = {
-    (8192, "none", 8192, 1, "auto", True): 10994,
-    (16384, "none", 16384, 1, "auto", True): 9834,
-    (32768, "none", 32768, 1, "auto", True): 7802,
-    (65536, f"24 {BUT_GATE_UP}; 8 {BUT_GATE_UP}+gate_up", 65536, 1, "auto", True): 5288,
-    (32768, "none", 16384, 1, "auto", True): 7567,
-    (65536, f"* {BUT_GATE_UP}", 16384, 1, "auto", True): 5128,
-    (32768, f"* {BUT_GATE_UP}", 16384, 1, "auto", True): 7053,
-    (16384, "save_attention", 16384, 1, "auto", True): 8475,
-    (65536, "save_attention", 16384, 1, "auto", True): 5047,
-    (16384, "save_attention", 16384, 1, "xla", False): 8203,
-    (32768, "save_attention", 16384, 1, "xla", False): 6787,
-    (32768, f"* {BUT_GATE_UP}", 16384, 1, "xla", False): 6927,
-    (65536, "save_attention", 16384, 1, "xla", False): 5009,
-    (65536, "save_attention", 16384, 1, "xla", True): 4906,
-    (65536, "save_attention", 16384, 8, "xla", True): 4778,
-    (65536, "full", 16384, 1, "xla", True): 4291,
-    (65536, "offload", 16384, 1, "xla", True): 4250,
-    (65536, "offload", 16384, 8, "xla", True): 4002,
-}
-
-
-@pytest.mark.parametrize("case", MEASURED)
-def test_speed_is_that_of_measured_steps(case):
-    tokens, plan, chunk, groups, how, at_once = case
-    cfg = config(
-        tokens, plan=plan, head_groups=groups, mlp_chunk_size=chunk, implementation=how,
-        optim={"in_backward": at_once},
-    )  # fmt: skip
-    predicted = predict(cfg, LLAMA, H200).tokens_per_second
-    assert predicted == pytest.approx(MEASURED[case], rel=0.05)
-
-
-def test_long_sequences_are_limited_by_attention_short_ones_by_matrix_products():
-    assert predict(config(4096), LLAMA, H200).limited_by == "matrix products"
-    assert predict(config(2**18), LLAMA, H200).limited_by == "attention"
-
-
-def test_more_than_one_device_is_refused():
-    cfg = dataclasses.replace(
-        config(optim={"in_backward": False}),
-        data=DataConfig(batch_size=2, tokenizer="x"),
-        mesh=MeshConfig(fsdp=2),
-    )
-    with pytest.raises(NotImplementedError, match="one device.*fsdp=2"):
-        predict(cfg, LLAMA, H200)
-
-
-# --- plans ---
 
 
 @pytest.mark.parametrize("gib", [25, 40, 60, 100])
@@ -296,6 +104,28 @@ def test_chunks_are_equal_where_they_can_be(either_jax):
         assert tokens % train.mlp_chunk_size == tokens % train.loss_chunk_size == 0
         assert train.mlp_chunk_size in range(4096, 16384 + 1, 8)
     assert fastest_plan(config(65537), LLAMA, H200)[0].train.mlp_chunk_size == 16384
+
+
+def test_chunks_are_those_that_kernels_take(monkeypatch):
+    monkeypatch.setattr(matmul.mosaic_gpu, "OLDEST_JAX", (0, 0, 0))
+    for tokens in (80056, 65672, 131080):  # equal ones: odd, odd, 4520
+        cfg = config(tokens, implementation="mosaic_gpu")
+        train = fastest_plan(cfg, LLAMA, H200, 30 * GIB, 100 * GIB)[0].train
+        assert train.mlp_chunk_size in (tokens, 16384)
+        for size in loop_chunks(tokens, train.mlp_chunk_size):
+            assert size % 8 == 0
+    # Without the kernels equal ones are better.
+    cfg = fastest_plan(config(80056), LLAMA, GPUS["a100-80gb"], 30 * GIB, 100 * GIB)[0]
+    assert cfg.train.mlp_chunk_size == 10007
+
+
+def test_kernels_that_the_gpu_lacks_are_refused(monkeypatch):
+    monkeypatch.setattr(matmul.mosaic_gpu, "OLDEST_JAX", (0, 0, 0))
+    cfg = config(8192, implementation="mosaic_gpu")
+    why = "implementation='mosaic_gpu': compute capability 8.0 is not 9.0"
+    for plan in (predict, fastest_plan, longest_sequence):
+        with pytest.raises(NotImplementedError, match=why):
+            plan(cfg, LLAMA, GPUS["a100-80gb"])
 
 
 def test_layers_run_on_the_whole_sequence_where_it_fits(either_jax):
@@ -336,6 +166,59 @@ def test_a_mixture_fills_the_memory_between_two_plans():
     assert p.peak_device > 49 * GIB
 
 
+def test_blocks_on_the_device_make_long_sequences_without_host_memory():
+    for tokens, every in ((150 * 1024, 2), (320 * 1024, 4)):
+        cfg, _ = fastest_plan(config(tokens, optim=ADAMW_8), LLAMA, GPUS["a100-80gb"])
+        groups = make_plan(cfg, LLAMA).groups
+        assert groups[0].every == every and not any(g.offload for g in groups)
+
+
+def test_blocks_keep_attention_where_it_fits():
+    cfg, p = fastest_plan(config(2**18), LLAMA, H200, 90 * GIB)
+    groups = make_plan(cfg, LLAMA).groups
+    assert groups[0].every > 1 and groups[0].save == {"input", "attention"}
+    plain = dataclasses.replace(cfg.train, plan="* save=input every=2")
+    plain = predict(dataclasses.replace(cfg, train=plain), LLAMA, H200)
+    assert p.step_seconds < 0.9 * plain.step_seconds
+
+
+def test_inputs_on_the_host_and_attention_on_the_device():
+    cfg, p = fastest_plan(
+        config(384 * 1024, optim=ADAMW_8), LLAMA, H200, None, 100 * GIB
+    )
+    groups = make_plan(cfg, LLAMA).groups
+    assert groups[-1].offload == {"input"} and groups[-1].save == {"attention"}
+    others = dataclasses.replace(cfg.train, plan="offload")
+    others = predict(dataclasses.replace(cfg, train=others), LLAMA, H200)
+    assert p.step_seconds < 0.9 * others.step_seconds
+
+
+@pytest.mark.parametrize("device, host", [(40, 24), (50, 24), (80, 48), (120, 0)])
+def test_a_mixture_has_as_many_of_the_faster_layers_as_both_memories_hold(device, host):
+    budget = device * GIB, host * GIB
+    cut = config(2**18, head_groups=8, mlp_chunk_size=4096, plan="full")
+    step = StepMemory(cut, LLAMA, H200)
+    for faster, smaller in planner.NEIGHBOURS:
+        counts = [n for n in range(4, 32, 4)]
+        all_of_them = [
+            planner._candidate(
+                step,
+                dataclasses.replace(smaller, layers=32 - n),
+                dataclasses.replace(faster, layers=n),
+            )[1]
+            for n in counts
+        ]
+        best = max(
+            (n for n, p in zip(counts, all_of_them, strict=True) if p.within(budget)),
+            default=0,
+        )
+        found = planner._mixture(step, faster, smaller, budget)
+        assert found is not None
+        assert found[1].within(budget) or not best
+        if found[1].within(budget):
+            assert found[0].plan.groups[-1].layers >= best
+
+
 def test_without_host_memory_nothing_is_offloaded():
     cfg, p = fastest_plan(config(), LLAMA, H200, 45 * GIB)
     assert p.peak_host == 0 and not make_plan(cfg, LLAMA).offloads
@@ -359,6 +242,10 @@ def test_what_limits_the_length():
     budget = 24 * GIB, 400 * GIB
     cfg, _ = longest_sequence(config(), LLAMA, H200, *budget)
     assert memory_limit(cfg, LLAMA, H200, *budget) == "device memory (24.0 GiB)"
+    budget = 24 * GIB, 0
+    cfg, _ = longest_sequence(config(), LLAMA, H200, *budget)
+    limit = memory_limit(cfg, LLAMA, H200, *budget)
+    assert limit == "device memory (24.0 GiB); host memory would make it longer"
 
 
 def test_nothing_fits():
@@ -377,7 +264,17 @@ def test_nothing_fits():
 
 def test_host_memory_would_make_room():
     with pytest.raises(ValueError, match="of host memory saves .* then it fits"):
-        fastest_plan(config(), LLAMA, H200, 30 * GIB)
+        fastest_plan(config(), LLAMA, H200, 22 * GIB)
+
+
+def test_the_optimizer_state_can_go_to_the_host():
+    cfg = config(optim={"name": "adamw"})
+    saves = r"optim.state_on_host=True saves [0-9.]+ GiB; then it fits"
+    for host, said in ((0, False), (20, False), (80, True)):
+        with pytest.raises(ValueError) as caught:
+            fastest_plan(cfg, LLAMA, GPUS["a100-80gb"], None, host * GIB)
+        assert bool(re.search(saves, str(caught.value))) is said
+        assert ("state_on_host=True" in str(caught.value)) is said
 
 
 def test_too_little_host_memory_for_the_optimizer_state():
@@ -399,8 +296,14 @@ def test_too_little_host_memory_for_the_optimizer_state():
 def test_gpus_by_name():
     assert find_gpu("A100-80GB") is find_gpu("a100_80") is GPUS["a100-80gb"]
     assert find_gpu("RTX 4090") is find_gpu("4090") is GPUS["rtx-4090"]
+    assert find_gpu("rtx4090") is GPUS["rtx-4090"]
+    assert find_gpu("nvidia h100") is GPUS["h100"]
+    for gpu in GPUS.values():  # as the driver says it
+        assert find_gpu(gpu.name) is gpu
     with pytest.raises(ValueError, match="gpu='V100' is not one of .*a10g"):
         find_gpu("V100")
+    with pytest.raises(ValueError, match="mean 'a100-40gb' or 'a100-80gb'"):
+        find_gpu("a100")
 
 
 def test_the_compiler_knows_each_gpu():
@@ -421,8 +324,9 @@ def test_small_sizes_are_in_mib():
 def test_sizes():
     assert parse_bytes("120GiB") == 120 * GIB and parse_bytes("80 GB") == 80 * 10**9
     assert parse_bytes("1.5MiB") == 3 * 2**19
-    with pytest.raises(ValueError, match="'80'.*120GiB"):
-        parse_bytes("80")
+    for wrong in ("80", "1.2.3GiB", ".GiB", "-1GiB"):
+        with pytest.raises(ValueError, match=f"'{wrong}' is no size.*120GiB"):
+            parse_bytes(wrong)
 
 
 # --- the command ---
@@ -473,3 +377,65 @@ def test_command_refuses(monkeypatch, capsys, tmp_path):
     error = capsys.readouterr().err
     assert "error: 1024 tokens do not fit Tesla T4" in error
     assert "saves" in error and not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (("--out", "/nowhere/x.png"), "'/nowhere/x.png' is in a directory that is not"),
+        (("--out", "x.html"), "'x.html' must end in one of"),
+        (("--device-memory", "200GiB"), "'200GiB': a process can hold 75.7 GiB of NV"),
+        (("--host-memory", "1.2.3GiB"), "'1.2.3GiB' is no size"),
+    ],
+)
+def test_command_refuses_before_any_work(monkeypatch, capsys, wrong, message):
+    def work(*args):
+        raise AssertionError
+
+    monkeypatch.setattr(plan_report, "longest_sequence", work)
+    recipe = ROOT / "configs" / "llama3_8b.py"
+    assert run(monkeypatch, "--config", recipe, "--gpu", "h100", *wrong) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_lengths_of_the_table():
+    for longest in (1, 2, 7, 100, 511, 512, 1023, 1024, 5000, 2**17):
+        found = plan_report.lengths(longest, 9)
+        assert found == sorted(set(found)) and found[-1] == longest and found[0] > 0
+
+
+def test_command_for_a_short_length(monkeypatch, capsys, tmp_path):
+    recipe = ROOT / "configs" / "llama3_8b.py"
+    args = ["--config", recipe, "--gpu", "h200", "--out", tmp_path / "x.png"]
+    assert run(monkeypatch, *args, "--seq-len", 100) == 0
+    rows = [x for x in capsys.readouterr().out.splitlines() if re.match(r"\| \d", x)]
+    assert len(rows) == 1 and rows[0].startswith("| 100 |")
+
+
+def test_lengths_that_do_not_fit_are_left_out(monkeypatch, capsys, tmp_path):
+    def some_fit(cfg, *args):
+        if 1024 < cfg.data.seq_len < 65536:
+            raise ValueError("does not fit")
+        return fastest_plan(cfg, *args)
+
+    monkeypatch.setattr(plan_report, "fastest_plan", some_fit)
+    recipe = ROOT / "configs" / "llama3_8b.py"
+    args = ["--config", recipe, "--gpu", "h200", "--out", tmp_path / "x.png"]
+    assert run(monkeypatch, *args, "--seq-len", 65536) == 0
+    assert "\n| 65536 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("ptxas died"), subprocess.TimeoutExpired("python", 600)]
+)
+def test_a_plan_that_does_not_compile_is_printed(monkeypatch, capsys, tmp_path, error):
+    def compile_step(*args):
+        raise error
+
+    monkeypatch.setattr(compile_only, "compile_step", compile_step)
+    recipe = ROOT / "configs" / "llama3_8b.py"
+    args = ["--config", recipe, "--gpu", "h200", "--out", tmp_path / "x.png"]
+    assert run(monkeypatch, *args, "--seq-len", 8192, "--verify") == 1
+    out, err = capsys.readouterr()
+    assert "The fastest plan for 8192 tokens" in out
+    assert f"error: the plan above is not verified: {error}" in err

@@ -12,7 +12,6 @@ from mosaic import (
     errors,
     interpreted,
     jit_reference,
-    needs_compiler,
     needs_pallas,
 )
 from test_gpu import errors as errors_on_device
@@ -192,7 +191,7 @@ print(compiled.as_text())
 
 
 @needs_pallas
-@needs_compiler
+@pytest.mark.compiled
 def test_compiled_for_an_h200_gradients_add_up_in_place():
     temporaries, _, hlo = compile_for_h200(LOOP).partition("\n")
     # Three f32 gradients, h, dgate and dup of a chunk: 1.97 GiB. With what stays out of
