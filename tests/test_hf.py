@@ -278,7 +278,7 @@ def test_source_files_and_unknown_fields_survive(tmp_path):
                       "attention_factor": 3.0},
     )  # fmt: skip
     (source / "config.json").write_text(json.dumps(base))
-    for name in (*hf._COPIED, "other.json"):
+    for name in (*hf.TOKENIZER_FILES, "generation_config.json", "other.json"):
         (source / name).write_text(name)
     cfg = dataclasses.replace(CFG, max_position=1024, rope=ROPES["yarn_plain"])
     (tmp_path / "out").mkdir()  # empty is fine

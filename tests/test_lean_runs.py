@@ -84,6 +84,7 @@ def lean(directory, out):
     return dataclasses.replace(cfg, optim=optim, model=model)
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_with_everything_offloaded(tmp_path):
     whole, killed = lean(tmp_path, "whole"), lean(tmp_path, "killed")
     finish(whole, tmp_path)

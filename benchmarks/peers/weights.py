@@ -15,6 +15,7 @@ import numpy as np
 SPREAD, FIRST, SECOND = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
 MEAN = 510.0
 STD = float(np.sqrt(4 * (256**2 - 1) / 12))
+PIECE = 2**27  # elements that torch fills at a time
 
 
 def scale(initializer_range: float) -> float:
@@ -44,7 +45,7 @@ def fill_torch(parameter: Any, name: str, initializer_range: float) -> None:
         parameter.fill_(1.0)
         return
     # int32: torch has no uint32 product; it wraps, and shifts are masked to be logical.
-    rows = max(1, 2**27 // parameter.shape[1])
+    rows = max(1, PIECE // parameter.shape[1])
     for start in range(0, parameter.shape[0], rows):
         part = parameter[start : start + rows]
         first = start * parameter.shape[1]

@@ -46,7 +46,8 @@ def linear_cross_entropy(
 
     Labels are those of the same position: shift them before. The mean loss is
     `total / jnp.maximum(count, 1)`, with both summed over micro-batches and devices
-    first. Do not call it inside `jax.checkpoint`: that would compute it twice.
+    first. Do not call it inside `jax.checkpoint`: that would compute it twice. With the
+    tokens sharded, call it inside `jax.shard_map`, each device on its own.
 
     Args:
         hidden: [..., D] activations. The last token axis is the one that is chunked.

@@ -74,12 +74,12 @@ def _forward(options: Options, x_MBCD, weight, labels_MBC, weights_MBC):
         )
         return (total + _masked(losses, weights).sum(), dweight), (dx, losses)
 
-    total, dweight = (
-        varying(jnp.zeros(shape, jnp.float32), x_MBCD) for shape in ((), weight.shape)
-    )
+    def zeros(*shape):
+        return varying(jnp.zeros(shape, jnp.float32), x_MBCD)
+
     (total, dweight), (dx_MBCD, losses_MBC) = jax.lax.scan(
         body,
-        (total, dweight if wants_weight else None),
+        (zeros(), zeros(*weight.shape) if wants_weight else None),
         (x_MBCD, labels_MBC.value, weights_MBC.value),
     )
     dweight = None if dweight is None else how.finish(options, dweight, V)
