@@ -17,6 +17,7 @@ from mst_jax.hf import _tensors
 from mst_jax.model_config import ModelConfig
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+pytestmark = pytest.mark.xdist_group("peers")  # one process: `rows` takes a minute
 
 
 def load(path):
