@@ -193,6 +193,29 @@ def test_eval_is_the_training_loss():
     np.testing.assert_allclose([total, count], want[:2], rtol=1e-6)
 
 
+def test_eval_needs_less_memory_than_a_step():
+    # No second copy of f32 masters, and nothing kept for a backward pass.
+    model = dataclasses.replace(MODEL, num_layers=8, intermediate_size=400)
+    cfg = config(
+        model, batch_size=1, plan="full", mlp_chunk_size=32, loss_chunk_size=32,
+        optim={"name": "sgd", "in_backward": True, "clip_norm": None},
+    )  # fmt: skip
+    cfg = dataclasses.replace(
+        cfg, train=dataclasses.replace(cfg.train, compute_dtype="bfloat16")
+    )
+    mesh = make_mesh(cfg.mesh)
+    state = jax.eval_shape(lambda: init_train_state(cfg, init_params(model, 0)))
+    ids = jax.ShapeDtypeStruct((1, 1, 256), jnp.int32)
+    batch = {"tokens": ids, "labels": ids}
+
+    def temporaries(fn, *args):
+        return fn.lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    step = temporaries(make_train_step(cfg, model, mesh), state, batch)
+    evaluation = temporaries(make_eval_step(cfg, model, mesh), state["params"], batch)
+    assert evaluation < step
+
+
 @pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
 def test_schedules(shape):
     cfg = OptimConfig(schedule=shape, warmup_steps=10, learning_rate=1.0)
