@@ -160,8 +160,10 @@ def _tokenizer_dir(cfg: Config, source: str | None) -> str | None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     name = cfg.tokenizer
-    if name == "bytes" or Path(name).is_dir():
-        return None if name == "bytes" else name
+    if name == "bytes":
+        return None
+    if Path(name).is_dir():
+        return name
     if name == cfg.init_from:
         return source
     try:  # trained with, so in the hub's cache

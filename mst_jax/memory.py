@@ -15,9 +15,8 @@ import jax
 from mst_jax.config import Config, MeshConfig, ModelConfig
 from mst_jax.gpus import GPUS, Gpu
 from mst_jax.planner import default_budget, fastest_plan, options, parse_bytes
-from mst_jax.prediction import predict
+from mst_jax.prediction import GIB, predict
 
-GIB = 2**30
 _POOL = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 
 

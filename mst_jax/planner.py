@@ -351,10 +351,10 @@ def _too_long(cfg, model, gpu, budget) -> str:
     ]
     for change, changed, host in _changes(cfg, budget[1]):
         _, prediction = _least(changed, model, gpu, host)
-        saved = needs.peak_device - prediction.peak_device
-        enough = prediction.within((budget[0], host))
         if prediction.peak_host > max(host, needs.peak_host):
             continue
+        saved = needs.peak_device - prediction.peak_device
+        enough = prediction.within((budget[0], host))
         if change is None:
             change = f"{show(prediction.peak_host)} of host memory"
         if saved > 0:

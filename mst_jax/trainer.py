@@ -98,6 +98,7 @@ class _Run:
         self._check_same_run()
         data = replace(cfg.data, tokenizer=cfg.tokenizer)
         self.data = load_data(data, self.model.vocab_size)
+        self._check_same_data()
         self.iterator = self.data.train_iterator()
         self.batch_sharding = NamedSharding(self.mesh, BATCH_SPEC)
         self.meter = Meter(self.model, self.mesh.size)
@@ -126,8 +127,11 @@ class _Run:
                 + way_out
             )
 
-    def _check_same_data(self, before: int | None) -> None:
+    def _check_same_data(self) -> None:
         """Refuse to go on in other data: the position in it would mean another."""
+        if self.checkpoints.latest() is None:
+            return
+        before = self.checkpoints.extra().get("num_tokens", self.data.num_tokens)
         if before != self.data.num_tokens:
             raise ValueError(
                 f"{self.out} holds a run on {before} training tokens of "
@@ -154,7 +158,6 @@ class _Run:
         restored = self.checkpoints.restore(abstract)
         if restored is not None:
             step, state, extra = restored
-            self._check_same_data(extra.get("num_tokens", self.data.num_tokens))
             self.iterator.set_state(extra["data"])
             self.console.print(f"resumed from step {step} of {self.out}")
             return step, state
