@@ -31,6 +31,7 @@ PRODUCTS = {
     # operand is [K, M]); None: one for each pair of operands, less what is added to
     "matmul_nn": (None, False), "matmul_nt": (None, False), "matmul_tn": (None, True),
     "gate_up": (2, False), "logits": (1, False), "gradient_kernel": (0, False),
+    "attention_backward": (0, False),  # see `_pairs_flops`
 }  # fmt: skip
 
 
@@ -296,6 +297,8 @@ class Program:
             dims = re.search(r'lhs_contracting_dimensions":\s*\[([\d", ]*)\]', one.rest)
         elif one.target.startswith("__cudnn$fmha"):
             return _attention_flops(one, operands[0].shapes[0].dims)
+        elif "mosaic" in one.target and self._kernel(one) == "attention_backward":
+            return _pairs_flops(operands[0].shapes[0].dims, 5, causal=True)
         elif "mosaic" in one.target and self._kernel(one):
             products, depth_first = PRODUCTS[self._kernel(one)]
             pairs = operands[: 2 * (len(operands) // 2)]
@@ -314,14 +317,19 @@ class Program:
 
 def _attention_flops(one: Instruction, q: tuple[int, ...]) -> int:
     """q is [B, T, N, H]; keys are as many as queries."""
-    B, T, N, H = q
     mask = re.search(r'mask_type":\s*"(\w+)"', one.rest)
     window = re.search(r'sliding_window_length":\s*(\d+)', one.rest)
-    pairs = T * T
-    if mask and "CAUSAL" in mask[1]:
-        w = min(T, int(window[1]) or T) if window else T
-        pairs = w * (w + 1) // 2 + (T - w) * w
+    causal = mask is not None and "CAUSAL" in mask[1]
     products = 5 if "Backward" in one.target else 2
+    return _pairs_flops(q, products, causal, int(window[1]) if window else 0)
+
+
+def _pairs_flops(
+    q: tuple[int, ...], products: int, causal: bool, window: int = 0
+) -> int:
+    B, T, N, H = q
+    w = min(T, window or T)
+    pairs = w * (w + 1) // 2 + (T - w) * w if causal else T * T
     return 2 * products * B * N * H * pairs
 
 

@@ -76,7 +76,7 @@ def row_of(
 
     if crosses:
         return HOST
-    if any("fmha" in target for target in targets):
+    if any("fmha" in target for target in targets) or "attention_backward" in kernels:
         return by_pass("attention")
     if targets:
         scope = _first(PRODUCTS, names, innermost=True)

@@ -174,9 +174,10 @@ class TrainConfig:
     chunk."""
     loss_chunk_size: int | None = None
     """Tokens of an LM-head chunk; None picks from a byte budget."""
-    attention: Literal["auto", "cudnn", "xla"] = "auto"
-    """What computes attention: cuDNN's kernels or this package's flash attention in
-    XLA's products; 'auto' takes cuDNN where it can run."""
+    attention: Literal["auto", "mosaic_gpu", "cudnn", "xla"] = "auto"
+    """What computes attention: 'cudnn', its kernels; 'mosaic_gpu', the same with this
+    package's Hopper kernel for the backward pass; 'xla', flash attention in XLA's
+    products; 'auto' takes the first that can run of 'mosaic_gpu', 'cudnn', 'xla'."""
     implementation: Literal["auto", "xla", "mosaic_gpu"] = "auto"
     """What computes the chunks of the MLP and the LM head: XLA's matrix products or
     this package's Hopper kernels; 'auto' takes the kernels where they can run."""

@@ -38,17 +38,17 @@ def implementations(cfg: Config, model: ModelConfig) -> dict[str, tuple[str, str
 
 def _attention(cfg: Config, model: ModelConfig) -> tuple[str, str]:
     batch, heads = local_batch(cfg), model.num_heads // cfg.train.head_groups
-    name, why = attention.choose_implementation(
-        model.head_size, jnp.dtype(cfg.train.compute_dtype),
-        segmented=cfg.data.packing, shape=(batch, cfg.data.seq_len, heads),
-    )  # fmt: skip
-    if asked := cfg.train.asked_attention:
-        if asked == "cudnn" != name:
-            raise NotImplementedError(
-                f"TrainConfig.attention={asked!r}: {why}; set it to 'auto' or 'xla'"
-            )
-        return asked, ASKED
-    return name, f"not cudnn: {why}" if name == "xla" else why
+    asked = cfg.train.asked_attention
+    try:
+        return attention.choose_implementation(
+            model.head_size, jnp.dtype(cfg.train.compute_dtype),
+            segmented=cfg.data.packing, sliding_window=model.sliding_window,
+            shape=(batch, cfg.data.seq_len, heads), asked=asked,
+        )  # fmt: skip
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"TrainConfig.attention={asked!r}: {error}; set it to 'auto' or 'xla'"
+        ) from None
 
 
 def _head(cfg: Config, model: ModelConfig) -> tuple[str, str]:

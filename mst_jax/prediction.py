@@ -19,7 +19,8 @@ from mst_jax.step_memory import WORKSPACE, StepMemory
 GIB = 2**30
 MATMUL, MATMUL_KERNELS = 0.70, 0.725
 """Share of the peak in matrix products: 690 TFLOP/s of 989, 717 with the kernels."""
-ATTENTION_FORWARD, ATTENTION_BACKWARD = (0.58, 1000), (0.53, 2200)
+ATTENTION_FORWARD = 0.58, 1000
+ATTENTION_BACKWARD = {"cudnn": (0.53, 2200), "mosaic_gpu": (0.535, 1500)}
 """(share, short) of attention: share * T / (T + short); 565 and 507 TFLOP/s at 65,536
 tokens, 511 and 413 at 8,192."""
 BANDWIDTH = 0.9
@@ -221,12 +222,13 @@ class _Time:
         )
         backward = s.L * self.passes
         pairs = s.n * min(s.T / 2, s.model.sliding_window or s.T)
-        if not s.cudnn:
+        if s.attention == "xla":
             # Its f32 scores go through memory, an estimated 6 times forward and 15
             # back.
             scores = self._memory(pairs * s.N * 4 * (6 * forward + 15 * backward))
             flops = pairs * s.NH * (4 * forward + 10 * backward)
             return scores + flops / (MATMUL * gpu.peak)
-        passes = (4 * forward, ATTENTION_FORWARD), (10 * backward, ATTENTION_BACKWARD)
+        back = ATTENTION_BACKWARD[s.attention]
+        passes = (4 * forward, ATTENTION_FORWARD), (10 * backward, back)
         flops = sum(n * (1 + short / s.T) / share for n, (share, short) in passes)
         return pairs * s.NH * flops / gpu.peak

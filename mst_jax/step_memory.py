@@ -17,7 +17,7 @@ with A a token's arrays and workspace in
     cuDNN                   A = a (3 N H + 4 K H)    workspace 8 n N H / head_groups
     the same, packed        A = a (4 N H + 6 K H)    twice as much (packed.RATIO)
       its other branch      A = a (4 N H + 6 K H) + 4 N H    0
-    XLA's flash attention   A = a (N H + 4 K H) + 4 N H      0
+    Hopper's kernel, XLA    A = a (N H + 4 K H) + 4 N H      0
 
 and whatever is recomputed, kept or waits for its use besides: see the functions. With
 Hopper's kernels (4 + a) is a, and 6 F is 4 F, of a whole sequence 3.5 F. The terms are
@@ -71,7 +71,7 @@ class StepMemory:
         self.w = 2 if cfg.optim.param_dtype == "bfloat16" else 4
         # Without bf16 units XLA widens the operands of matrix products.
         self.wide = 4 if not gpu.has_bf16 else self.a
-        self.cudnn = self._runs_on_cudnn()
+        self.attention = self._attention_implementation()
         size = split_length(T, layer_chunk_size(cfg, model, B, T))[1]
         self.C, rest = B * size, B * (T % size)
         self.ragged = rest > 0
@@ -98,17 +98,20 @@ class StepMemory:
         other.plan = plan
         return other
 
-    def _runs_on_cudnn(self) -> bool:
-        cfg, gpu = self.cfg, self.gpu
-        name, why = choose_implementation(
-            self.H, jnp.dtype(cfg.train.compute_dtype), segmented=cfg.data.packing,
-            shape=(cfg.data.batch_size, self.T, self.N // self.plan.head_groups),
-            capability=gpu.capability,
-        )  # fmt: skip
-        asked = cfg.train.asked_attention
-        if asked == "cudnn" != name:
-            raise NotImplementedError(f"TrainConfig.attention='cudnn': {why}")
-        return (asked or name) == "cudnn"
+    def _attention_implementation(self) -> str:
+        cfg, model, asked = self.cfg, self.model, self.cfg.train.asked_attention
+        try:
+            name, _ = choose_implementation(
+                self.H, jnp.dtype(cfg.train.compute_dtype),
+                segmented=cfg.data.packing, sliding_window=model.sliding_window,
+                shape=(cfg.data.batch_size, self.T, self.N // self.plan.head_groups),
+                capability=self.gpu.capability, asked=asked,
+            )  # fmt: skip
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                f"TrainConfig.attention={asked!r}: {error}"
+            ) from None
+        return name
 
     def _state(self) -> tuple[int, int, int]:
         """Bytes of parameters, of optimizer state on the device and on the host."""
@@ -270,9 +273,9 @@ class StepMemory:
         a, groups, packing = self.a, self.plan.head_groups, self.cfg.data.packing
         given = a * (2 * self.NH + 2 * self.KH)  # q, k, v, the gradient of out
         gradients = a * (self.NH + 2 * self.KH)
-        sums = 4 * self.NH + 2 * a * self.KH  # of XLA's blocks, dq in f32
+        sums = 4 * self.NH + 2 * a * self.KH  # dq in f32
         # Of a token and all heads: arrays, and cuDNN's workspace.
-        if not self.cudnn:
+        if self.attention != "cudnn":
             out = a * self.NH if groups == 1 else 0  # not needed beside its gradient
             forms = {"attention": (given + sums - out, 0)}
         elif packing:  # one of two branches, the second with heads first

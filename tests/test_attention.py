@@ -2,12 +2,14 @@
 
 import inspect
 import math
+import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mosaic import needs_pallas
 
 from mst_jax.ops.attention import (
     api,
@@ -313,13 +315,44 @@ def test_explicit_cudnn_says_why_it_cannot(change, reason):
 def test_choice_says_why():
     assert choose_implementation(64, jnp.float32, segmented=False) == (
         "xla",
-        "takes bfloat16 and float16, not float32",
+        "not cudnn: takes bfloat16 and float16, not float32",
     )
     choice = choose_implementation(64, jnp.bfloat16, segmented=False, softcap=1.0)
-    assert choice == ("xla", "has no softcap")
+    assert choice == ("xla", "not cudnn: has no softcap")
     if jax.default_backend() == "cpu":
         choice = choose_implementation(64, jnp.bfloat16, segmented=False)
-        assert choice == ("xla", "there is no GPU (cpu)")
+        assert choice == ("xla", "not cudnn: there is no GPU (cpu)")
+
+
+@needs_pallas
+def test_hopper_takes_the_kernel_where_it_can(monkeypatch):
+    def choose(H=128, dtype=jnp.bfloat16, T=8192, capability=(9, 0), **options):
+        options = {"segmented": False, "shape": (1, T, 32), **options}
+        return choose_implementation(H, dtype, capability=capability, **options)
+
+    assert choose() == ("mosaic_gpu", "this GPU has it")
+    for options, why in (
+        ({"H": 64}, "head size 64 is not 128"),
+        ({"dtype": jnp.float16}, "takes bfloat16, not float16"),
+        ({"T": 100}, "T=100 is no multiple of 8"),
+        ({"T": 2**19}, "(1, 524288, 32, 128) has 2^31 elements"),
+        ({"segmented": True}, "is causal, without documents, window and softcap"),
+        ({"sliding_window": 4096}, "is causal, without documents, window and softcap"),
+        ({"capability": (8, 0)}, "compute capability 8.0 is not 9.0 (Hopper)"),
+    ):
+        name, said = choose(**options)
+        assert name == "cudnn" and said.startswith("not mosaic_gpu: ") and why in said
+        with pytest.raises(NotImplementedError, match=re.escape(why)):
+            choose(**options, asked="mosaic_gpu")
+        assert choose(**options, asked="cudnn") == ("cudnn", "as asked for")
+    for registers_move, why in (
+        (True, "this GPU has it"),
+        (False, "not mosaic_gpu: on JAX 0.12 it is slower than cuDNN beyond 16384"),
+    ):
+        monkeypatch.setattr(api.mosaic_gpu, "REGISTERS_MOVE", registers_move)
+        assert choose(T=32768)[1].startswith(why)
+    monkeypatch.setenv("XLA_FLAGS", "--a=1 --xla_gpu_deterministic_ops=true")
+    assert choose()[1].startswith("not mosaic_gpu: adds up dq in no fixed order")
 
 
 @pytest.mark.parametrize(
@@ -335,9 +368,12 @@ def test_choice_says_why():
 )
 def test_choice_by_device(monkeypatch, capability, head_size, segmented, reason):
     monkeypatch.setattr(api, "_capability", lambda: capability)
+    monkeypatch.setattr(api.mosaic_gpu, "obstacle", lambda *_, **__: "a test")
     name, why = choose_implementation(head_size, jnp.bfloat16, segmented=segmented)
     assert name == ("xla" if reason else "cudnn")
-    assert why.startswith(reason or "this GPU has it")
+    assert why.startswith(
+        f"not cudnn: {reason}" if reason else "not mosaic_gpu: a test"
+    )
     if segmented and reason:
         args, _ = make(8, dtype=jnp.bfloat16)
         ids = jnp.ones((2, 8), jnp.int32)
@@ -360,8 +396,8 @@ def test_packed_offsets_have_32_bits(monkeypatch):
         options = {"segmented": segmented, "shape": (1, T, N)}
         return choose_implementation(128, jnp.bfloat16, **options)
 
-    assert choose(400_000, 32) == ("cudnn", "this GPU has it")
-    assert choose(524_288, 32, segmented=False)[0] == "cudnn"
+    assert choose(400_000, 32)[0] == "cudnn"
+    assert choose(524_288, 32, segmented=False)[0] in ("cudnn", "mosaic_gpu")
     name, why = choose(524_288, 32)
     assert name == "xla" and why.endswith("take more head groups")
     assert choose(524_288, 4)[0] == "cudnn"

@@ -190,7 +190,7 @@ def test_what_the_levels_do_not_hold_is_right_all_the_same(monkeypatch, ids):
 def test_halves_and_head_groups(calls, monkeypatch):
     # What layer.py does: two heads' worth at a time, through the public functions.
     monkeypatch.setattr(packed, "SMALLEST", 8)
-    monkeypatch.setattr("mst_jax.ops.attention.api._cudnn_obstacle", lambda *a, **k: "")
+    monkeypatch.setattr("mst_jax.ops.attention.api._obstacle", lambda *_, **__: None)
     ids = jnp.asarray(row(30, 20, 10, padding=4)[None], jnp.int32)
     (q, k, v), d_out = make(64, N=4, K=2, B=1)
     options = {"segment_ids": packed.find_documents(ids), "implementation": "cudnn"}

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import pytest
+from mosaic import needs_pallas
 from test_planner import H200, LLAMA, SMALL, config
 
 from mst_jax.compile_only import compile_step
@@ -57,7 +58,7 @@ LENGTHS = [2**k for k in range(13, 21)]
 
 
 def test_components_add_up():
-    p = predict(config(plan="save_attention"), LLAMA, H200)
+    p = predict(config(plan="save_attention", attention="cudnn"), LLAMA, H200)
     assert p.peak_device == sum(p.components.values())
     residuals = 32 * 65536 * (2 * 2 * 4096 + 4 * 32)
     assert p.components["residuals"] == residuals
@@ -70,7 +71,7 @@ def test_components_add_up():
 def test_each_attention_has_its_own_buffers():
     dense, blocks, packed = (
         predict(config(plan="save_attention", **how), LLAMA, H200)
-        for how in ({}, {"attention": "xla"}, {"packing": True})
+        for how in ({"attention": "cudnn"}, {"attention": "xla"}, {"packing": True})
     )
     token = 65536 * 4096
     workspaces = [p.phases["attention"][WORKSPACE] for p in (dense, blocks, packed)]
@@ -86,9 +87,21 @@ def test_each_attention_has_its_own_buffers():
     assert packed.seconds["attention"] == dense.seconds["attention"]
 
 
+@needs_pallas
+def test_the_kernel_has_sums_in_f32_in_place_of_a_workspace():
+    cudnn, kernel = (
+        predict(config(8192, plan="save_attention", attention=how), LLAMA, H200)
+        for how in ("cudnn", "mosaic_gpu")
+    )
+    sizes = [dict(p.phases["attention"]) for p in (cudnn, kernel)]
+    assert [p.pop(WORKSPACE) for p in sizes] == [8 * 8192 * 4096, 0]
+    assert sizes[0] == sizes[1]  # 4 bytes of dq, not 2; the output is not needed
+    assert kernel.seconds["attention"] < 0.97 * cudnn.seconds["attention"]
+
+
 def test_attention_is_that_of_the_gpu():
     for gpu, how, on_cudnn in (
-        ("h200", {}, True), ("h200", {"packing": True}, True),
+        ("h200", {"attention": "cudnn"}, True), ("h200", {"packing": True}, True),
         ("h200", {"attention": "xla"}, False), ("a100-80gb", {}, True),
         ("a100-80gb", {"packing": True}, False), ("t4", {}, False),
         ("h200", {"compute_dtype": "float32"}, False),
@@ -141,7 +154,9 @@ def test_prefetch_takes_one_more_input_and_less_time():
 
 def test_groups_of_heads_take_less_memory_and_more_time():
     one, eight = (
-        predict(config(plan="save_attention", head_groups=g), LLAMA, H200)
+        predict(
+            config(plan="save_attention", head_groups=g, attention="cudnn"), LLAMA, H200
+        )
         for g in (1, 8)
     )
     attention = [sum(p.phases["attention"].values()) for p in (one, eight)]
@@ -152,7 +167,7 @@ def test_groups_of_heads_take_less_memory_and_more_time():
 
 def test_update_in_the_backward_pass_holds_no_whole_gradient():
     one, whole = (
-        predict(config(optim={"in_backward": at_once}), LLAMA, H200)
+        predict(config(optim={"in_backward": at_once}, attention="cudnn"), LLAMA, H200)
         for at_once in (True, False)
     )
     layers = 2 * (LLAMA.num_params - 2 * LLAMA.vocab_size * LLAMA.hidden_size)
@@ -200,7 +215,7 @@ def test_speed_is_that_of_measured_steps(case):
     tokens, plan, chunk, groups, how, at_once = case
     cfg = config(
         tokens, plan=plan, head_groups=groups, mlp_chunk_size=chunk, implementation=how,
-        optim={"in_backward": at_once},
+        optim={"in_backward": at_once}, attention="cudnn",
     )  # fmt: skip
     predicted = predict(cfg, LLAMA, H200).tokens_per_second
     assert predicted == pytest.approx(MEASURED[case], rel=0.05)
@@ -235,6 +250,8 @@ def test_more_than_one_device_is_refused():
         ("h200", config(262144, plan="offload", head_groups=8)),
         ("h200", config(131072, plan="offload_attention", prefetch=True)),
         ("h200", config(131072, plan="offload", attention="xla")),
+        ("h200", config(16384, plan="save_attention", mlp_chunk_size=4096)),
+        ("h200", config(16384, plan="save_attention", head_groups=8)),
         (
             "h200",
             config(
@@ -262,7 +279,8 @@ def test_more_than_one_device_is_refused():
     ],
     ids=[
         "head", "save_attention", "whole", "none, whole", "offload", "prefetch", "xla",
-        "blocks", "packed", "packed in groups", "mixture", "T4",
+        "kernel", "kernel in groups", "blocks", "packed", "packed in groups", "mixture",
+        "T4",
     ],
 )  # fmt: skip
 def test_predicted_memory_is_within_5_percent_of_the_compiled(gpu, cfg):

@@ -1,16 +1,17 @@
-"""Attention: one signature, cuDNN where it can, XLA flash elsewhere."""
+"""Attention: one signature, the best that the GPU has, XLA flash elsewhere."""
 
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mst_jax.ops.attention import cudnn, packed, xla
+from mst_jax.ops.attention import cudnn, mosaic_gpu, packed, xla
 from mst_jax.ops.attention.packed import Documents, both_forms
+
+IMPLEMENTATIONS = "mosaic_gpu", "cudnn", "xla"
+"""Fastest first."""
 
 
 def attention(
@@ -39,11 +40,13 @@ def attention(
             but computed as 'xla' does (see `packed`). `find_documents` of them does
             once what every call needs of them.
         softcap: scores become cap * tanh(scores / cap).
-        implementation: 'cudnn', 'xla', or None for `choose_implementation`'s.
+        implementation: 'cudnn'; 'mosaic_gpu', the same with a backward pass of our own
+            on Hopper, whose last bits of dq differ from run to run; 'xla'; or None for
+            the first that can here (see `choose_implementation`).
 
     Raises:
         ValueError: shapes that do not fit, a softcap or window that is not positive.
-        NotImplementedError: 'cudnn' where it cannot, or an unknown implementation.
+        NotImplementedError: one that cannot, by name, or an unknown implementation.
     """
     how = _choose(q, k, v, causal, sliding_window, segment_ids, softcap, implementation)
     return cast(jax.Array, _attention(how, q, k, v, segment_ids))
@@ -104,25 +107,21 @@ def _choose(q, k, v, causal, sliding_window, segment_ids, softcap, implementatio
         raise ValueError(f"{sliding_window=} must be at least 1")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"{softcap=} must be positive or None")
-    segmented = segment_ids is not None
-    obstacle = _cudnn_obstacle(
-        q, segmented=segmented, softcap=softcap,
-        window_two_sided=sliding_window is not None and not causal,
-    )  # fmt: skip
-    if implementation is None or (segmented and _capability()):
-        obstacle = obstacle or _device_obstacle(q, segmented=segmented)
+    mask = _Mask(causal, sliding_window, segment_ids is not None, softcap)
     if implementation is None:
-        implementation = "xla" if obstacle else "cudnn"
-    if implementation not in ("cudnn", "xla"):
-        raise NotImplementedError(f"{implementation=} is not 'cudnn' or 'xla'")
-    if implementation == "cudnn" and obstacle:
-        raise NotImplementedError(f"cuDNN attention: {obstacle}; use 'xla'")
+        implementation, _ = _first(q, mask, None)
+    elif implementation not in IMPLEMENTATIONS:
+        raise NotImplementedError(f"{implementation=} is none of {IMPLEMENTATIONS}")
+    # What a GPU that is not here can do is left to the compiler.
+    there = _capability() if mask.segmented else None
+    if obstacle := _obstacle(implementation, q, mask, there, anywhere=there is None):
+        raise NotImplementedError(f"{implementation!r} attention: {obstacle}")
     return _How(implementation, causal, sliding_window, softcap)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(how: _How, q, k, v, segment_ids) -> Any:
-    if how.implementation == "cudnn" and segment_ids is None:
+    if how.implementation != "xla" and segment_ids is None:
         return cudnn.forward_only(q, k, v, causal=how.causal, window=how.window)
     return _forward(how, q, k, v, segment_ids)[0]
 
@@ -150,6 +149,8 @@ def _backward(how: _How, residuals, d_out):
         dq, dk, dv = xla.flash_backward(
             q, k, v, ids, out, lse, d_out, softcap=how.softcap, **options
         )
+    elif how.implementation == "mosaic_gpu":
+        dq, dk, dv = mosaic_gpu.flash_backward(q, k, v, out, lse, d_out)
     elif documents is not None:
         dq, dk, dv = packed.backward(q, k, v, documents, out, lse, d_out, **options)
     else:
@@ -166,51 +167,68 @@ def choose_implementation(
     *,
     segmented: bool,
     softcap: float | None = None,
-    shape: tuple[int, int, int] = (1, 1, 1),
+    sliding_window: int | None = None,
+    shape: tuple[int, int, int] = (1, 8, 1),
     capability: tuple[int, int] | None = None,
+    asked: str | None = None,
 ) -> tuple[str, str]:
-    """Return ('cudnn' or 'xla', why), as `attention` chooses here for (B, T, N).
+    """Return what computes causal attention here for (B, T, N), and why.
 
-    `capability` is that of another GPU, to choose as it would be there.
+    Args:
+        head_size: H.
+        dtype: of q, k and v.
+        segmented: whether there are documents.
+        softcap, sliding_window: see `attention`.
+        shape: B, T and N.
+        capability: that of another GPU, to choose as it would be there.
+        asked: an implementation by name, if there is no choice.
+
+    Raises:
+        NotImplementedError: `asked` cannot, and why.
     """
     q = jax.ShapeDtypeStruct((*shape, head_size), dtype)
-    obstacle = _cudnn_obstacle(
-        q, segmented=segmented, softcap=softcap, window_two_sided=False
-    ) or _device_obstacle(q, segmented=segmented, capability=capability)
-    return ("xla", obstacle) if obstacle else ("cudnn", "this GPU has it")
+    mask = _Mask(True, sliding_window, segmented, softcap)
+    if asked is None:
+        return _first(q, mask, capability)
+    if obstacle := _obstacle(asked, q, mask, capability or _capability()):
+        raise NotImplementedError(obstacle)
+    return asked, "as asked for"
 
 
-def _cudnn_obstacle(q, *, segmented, softcap, window_two_sided) -> str | None:
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"takes bfloat16 and float16, not {q.dtype}"
-    if q.shape[-1] % 8 or q.shape[-1] > 256:
-        return f"head size {q.shape[-1]} is no multiple of 8 or above 256"
-    if segmented and prod(q.shape) >= 2**31 - 2**27:
-        return (
-            f"offsets of packed documents are 32 bits, too few for q of {q.shape}: "
-            "take more head groups"
-        )
-    if softcap:
-        return "has no softcap"
-    if window_two_sided:
-        return "has a sliding window only with causal"
-    return None
+@dataclass(frozen=True)
+class _Mask:
+    causal: bool = True
+    window: int | None = None
+    segmented: bool = False
+    softcap: float | None = None
 
 
-def _device_obstacle(q, *, segmented, capability=None) -> str | None:
+def _first(q, mask: _Mask, capability) -> tuple[str, str]:
+    """Return the first implementation that can, and why none before it."""
     capability = capability or _capability()
+    why = "this GPU has it"
+    for name in IMPLEMENTATIONS:
+        obstacle = _obstacle(name, q, mask, capability)
+        if obstacle is None:
+            return name, why
+        why = f"not {name}: {obstacle}"
+    raise AssertionError("xla always can")
+
+
+def _obstacle(name: str, q, mask: _Mask, capability, *, anywhere=False) -> str | None:
+    """Return why an implementation cannot on such a GPU, or not `anywhere`, or None."""
+    if name == "xla":
+        return None
+    reason = cudnn.obstacle(q, **vars(mask))  # its forward pass is every kernel's
+    if name == "mosaic_gpu":
+        reason = reason or mosaic_gpu.obstacle(q, plain=mask == _Mask())
+    if reason or anywhere:
+        return reason
     if capability is None:
         return f"there is no GPU ({jax.default_backend()})"
-    if capability < (8, 0):
-        return f"compute capability {_dotted(capability)} is below 8.0"
-    if capability < (9, 0) and q.shape[-1] > 128:
-        return f"head size {q.shape[-1]} needs compute capability 9.0"
-    if capability < (9, 0) and segmented:
-        return (
-            "packed documents need compute capability 9.0, "
-            f"this is {_dotted(capability)}"
-        )
-    return None
+    if name == "mosaic_gpu":
+        return mosaic_gpu.device_obstacle(capability, q.shape[1])
+    return cudnn.device_obstacle(capability, q.shape[-1], segmented=mask.segmented)
 
 
 def _capability() -> tuple[int, int] | None:
@@ -218,7 +236,3 @@ def _capability() -> tuple[int, int] | None:
         return None
     major, minor = jax.local_devices()[0].compute_capability.split(".")
     return int(major), int(minor)
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return ".".join(map(str, capability))

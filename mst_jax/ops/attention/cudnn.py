@@ -6,11 +6,44 @@ place that reads JAX's private cuDNN module (JAX 0.10.2 to 0.12).
 """
 
 import inspect
+from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused
+
+
+def obstacle(q, *, causal, window, segmented, softcap) -> str | None:
+    """Return why cuDNN cannot compute attention of such a q on any GPU, or None."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 and float16, not {q.dtype}"
+    if q.shape[-1] % 8 or q.shape[-1] > 256:
+        return f"head size {q.shape[-1]} is no multiple of 8 or above 256"
+    if segmented and prod(q.shape) >= 2**31 - 2**27:
+        return (
+            f"offsets of packed documents are 32 bits, too few for q of {q.shape}: "
+            "take more head groups"
+        )
+    if softcap:
+        return "has no softcap"
+    if window and not causal:
+        return "has a sliding window only with causal"
+    return None
+
+
+def device_obstacle(
+    capability: tuple[int, int], head_size: int, *, segmented: bool
+) -> str | None:
+    """Return why a GPU of this compute capability cannot run it, or None."""
+    found = ".".join(map(str, capability))
+    if capability < (8, 0):
+        return f"compute capability {found} is below 8.0"
+    if capability < (9, 0) and head_size > 128:
+        return f"head size {head_size} needs compute capability 9.0"
+    if capability < (9, 0) and segmented:
+        return f"packed documents need compute capability 9.0, this is {found}"
+    return None
 
 
 def flash_forward(q, k, v, *, causal, window):

@@ -1,0 +1,350 @@
+"""The backward pass of causal attention as one Mosaic GPU kernel, for Hopper.
+
+    s = k q^T    p = exp(s - lse)    dp = v do^T    ds = p (dp - delta)
+    dv += p do          dk += ds q          dq += ds^T k
+
+A thread block has 128 keys and walks the queries that see them, 64 at a time, of every
+head of its group. Scores are transposed, keys are their rows: p and ds leave the tensor
+cores as operands. Two warpgroups have 64 keys each, with their dk and dv in registers.
+Each writes its rows of ds to shared memory and takes all rows for its half of dq's
+columns, a step later, so that neither waits for the other. dq is summed in f32 in
+global memory (TMA adds in L2). Five products a pair of blocks: one kernel for dq and
+one for dk and dv would take seven.
+
+A third warpgroup loads (TMA) and leaves its registers to the two. JAX 0.12 compiles
+kernels so that registers cannot move; the two, with half of them each, load themselves
+then, and are up to 5% slower.
+
+The sums of dq come in no fixed order: its last bits differ from run to run.
+"""
+
+import math
+import os
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mst_jax.ops import matmul as mm
+
+QUERIES = 64
+"""Of a step."""
+ROWS = 64
+"""Keys of a warpgroup."""
+KEYS = 2 * ROWS
+"""Keys of a thread block."""
+REGISTERS_MOVE = jax.__version_info__ < (0, 12)
+"""Whether `setmaxnreg` does something: NVIDIA's linker, as which 0.12 runs the
+assembler, ignores it."""
+LOAD_REGISTERS, COMPUTE_REGISTERS = 24, 240
+"""Of a thread, while three warpgroups share 65,536."""
+SHORT = 16384
+"""The most tokens of a row at which two warpgroups are faster than cuDNN."""
+LOG2_E = math.log2(math.e)
+DETERMINISTIC = "xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops"
+"""XLA's flags for runs that repeat to the last bit."""
+
+
+def obstacle(q: jax.Array | jax.ShapeDtypeStruct, *, plain: bool) -> str | None:
+    """Return why the kernel cannot compute the backward pass for q, or None.
+
+    `plain`: whether attention is causal, without documents, window and softcap.
+    """
+    if reason := mm.obstacle():
+        return reason
+    if q.dtype != jnp.bfloat16:
+        return f"takes bfloat16, not {q.dtype}"
+    if q.shape[-1] != 128:
+        return f"head size {q.shape[-1]} is not 128"
+    if q.shape[1] % 8:
+        return f"T={q.shape[1]} is no multiple of 8"
+    if math.prod(q.shape) >= 2**31:
+        return f"q of {q.shape} has 2^31 elements, of which it was not tested"
+    if not plain:
+        return "is causal, without documents, window and softcap"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if any(f"{flag}=true" in flags for flag in DETERMINISTIC):
+        return "adds up dq in no fixed order, and XLA_FLAGS ask for one"
+    return None
+
+
+def device_obstacle(capability: tuple[int, int] | None, T: int) -> str | None:
+    """Return why a GPU should not run the kernel on rows of T tokens, or None."""
+    if reason := mm.device_obstacle(capability):
+        return reason
+    if not REGISTERS_MOVE and T > SHORT:
+        return f"on JAX 0.12 it is slower than cuDNN beyond {SHORT} tokens, T={T}"
+    return None
+
+
+def flash_backward(q, k, v, out, lse, d_out):
+    """Return (dq, dk, dv) of causal attention.
+
+    Args:
+        q: bf16 [B, T, N, H].
+        k: bf16 [B, T, K, H], like v.
+        v: the values.
+        out: like q, what the forward pass returned.
+        lse: f32 [B, N, T], the logsumexp of each query's scores.
+        d_out: like q.
+    """
+    _, T, _, H = q.shape
+    delta = jnp.einsum("BTNH,BTNH->BNT", out, d_out, preferred_element_type=jnp.float32)
+    # A block of keys walks whole blocks of queries: exp(0 - inf) = 0 beyond the end.
+    pad = ((0, 0), (0, 0), (0, -T % KEYS))
+    lse = jnp.pad(lse * LOG2_E, pad, constant_values=jnp.inf)
+    delta = jnp.pad(delta, pad)
+    dq = jnp.zeros(q.shape, jnp.float32)
+    dq, (dk, dv) = mm.in_place(_kernel, dq, q, k, v, d_out, lse, delta)
+    return (dq * H**-0.5).astype(q.dtype), dk, dv
+
+
+def _kernel(dq_ref, q, k, v, d_out, lse, delta):
+    """Add dq / scale to `dq_ref`, f32 like q, and return dk and dv.
+
+    lse and delta are [B, N, T'], T' a multiple of KEYS; lse is in base 2.
+    """
+    pl, plgpu = mm.pallas()
+    B, T, N, H = q.shape
+    K, kv_blocks = k.shape[2], pl.cdiv(T, KEYS)
+    group, half = N // K, H // 2
+
+    def attention_backward(*gmems):
+        block = lax.axis_index("block")
+        # The longest first, so that few blocks run alone at the end.
+        j, rest = lax.div(block, B * K), lax.rem(block, B * K)
+        b, kv_head = lax.div(rest, K), lax.rem(rest, K)
+        first, count = j * (KEYS // QUERIES), (kv_blocks - j) * (KEYS // QUERIES)
+        steps = group * count
+
+        def place(t):
+            """Return the (batch, queries, head) of a step."""
+            start = (first + lax.rem(t, count)) * QUERIES
+            queries = pl.ds(pl.multiple_of(start, QUERIES), QUERIES)
+            return b, queries, kv_head * group + lax.div(t, count)
+
+        def smem(*shape, dtype=jnp.bfloat16):
+            return plgpu.SMEM(shape, dtype, transforms=mm.swizzled(dtype))
+
+        statistic = plgpu.SMEM((2, QUERIES), jnp.float32)
+        two = partial(plgpu.Barrier, num_barriers=2)
+
+        @partial(
+            pl.run_scoped,
+            k_smem=smem(KEYS, H), v_smem=smem(KEYS, H),
+            q_smem=smem(2, QUERIES, H), do_smem=smem(2, QUERIES, H),
+            lse_smem=statistic, delta_smem=statistic,
+            ds_smem=smem(2, KEYS, QUERIES),
+            dq_smem=smem(2, QUERIES, half, dtype=jnp.float32),
+            kv_loaded=plgpu.Barrier(num_arrivals=2),
+            q_loaded=two(num_arrivals=2), do_loaded=two(num_arrivals=2),
+            used=two(num_arrivals=2), ds_written=two(num_arrivals=2),
+            done=plgpu.Barrier(num_arrivals=2),
+            collective_axes="wg",
+        )  # fmt: skip
+        def _scope(
+            k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem,
+            kv_loaded, q_loaded, do_loaded, used, ds_written, done,
+        ):  # fmt: skip
+            q_gmem, k_gmem, v_gmem, do_gmem, lse_gmem, delta_gmem, *gradients = gmems
+            dq_gmem, dk_gmem, dv_gmem = gradients
+            wg = lax.axis_index("wg")
+
+            def loader(i):
+                """Of q (0) or d_out (1) and what goes with it."""
+                return pl.when(wg == (2 if REGISTERS_MOVE else i))
+
+            def load(t):
+                slot, (b, queries, head) = lax.rem(t, 2), place(t)
+                for i, (rows, to, statistic, its, loaded) in enumerate(
+                    (
+                        (q_gmem, q_smem, lse_gmem, lse_smem, q_loaded),
+                        (do_gmem, do_smem, delta_gmem, delta_smem, do_loaded),
+                    )
+                ):
+
+                    @loader(i)
+                    def _copy(
+                        rows=rows.at[b, queries, head], to=to.at[slot],
+                        statistic=statistic.at[b, head, queries], its=its.at[slot],
+                        loaded=loaded.at[slot],
+                    ):  # fmt: skip
+                        plgpu.copy_gmem_to_smem(rows, to, loaded)
+                        plgpu.copy_gmem_to_smem(statistic, its, loaded)
+
+            def load_first():
+                keys = pl.ds(pl.multiple_of(j * KEYS, KEYS), KEYS)
+                for i, (gmem, to) in enumerate(((k_gmem, k_smem), (v_gmem, v_smem))):
+
+                    @loader(i)
+                    def _copy(rows=gmem.at[b, keys, kv_head], to=to):
+                        plgpu.copy_gmem_to_smem(rows, to, kv_loaded)
+
+                for t in range(2):
+                    load(t)
+
+            def load_next(t):
+                """Load what step t + 1 takes, once nobody uses what t - 1 took."""
+
+                @pl.when((t > 0) & (t + 1 < steps))
+                def _next():
+                    plgpu.barrier_wait(used.at[lax.rem(t + 1, 2)])
+                    load(t + 1)
+
+            @pl.when(REGISTERS_MOVE and wg == 2)
+            def _load():
+                plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+                load_first()
+                lax.fori_loop(1, steps, lambda t, _: load_next(t), None)
+
+            @pl.when(wg != 2)
+            def _compute():
+                if REGISTERS_MOVE:
+                    plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+                else:
+                    load_first()
+                layout, shape = plgpu.Layout.WGMMA, (ROWS, QUERIES)
+
+                def share(wg, size):
+                    return pl.ds(pl.multiple_of(wg * size, size), size)
+
+                def by_query(statistic):
+                    value = plgpu.load(statistic, layout=layout.reduce(0))
+                    return lax.broadcast_in_dim(value, shape, (1,))
+
+                def mask(s, t):
+                    key, query = (
+                        plgpu.broadcasted_iota(jnp.int32, shape, i, layout=layout)
+                        for i in range(2)
+                    )
+                    start = (first + lax.rem(t, count)) * QUERIES
+                    sees = key + (j * KEYS + wg * ROWS) <= query + start
+                    return jnp.where(sees, s, -jnp.inf)
+
+                def product_dq(acc, slot, wg):
+                    plgpu.barrier_wait(ds_written.at[slot])
+                    ds = ds_smem.at[slot].transpose((1, 0))
+                    plgpu.wgmma(acc, ds, k_smem.at[:, share(wg, half)])
+
+                def add_dq(dq, t):
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    dq_smem[wg] = dq
+                    plgpu.commit_smem()
+                    _add(dq_smem.at[wg], dq_gmem.at[(*place(t), share(wg, half))])
+
+                def step(t, _, dk_acc, dv_acc):
+                    slot = lax.rem(t, 2)
+                    before, old_slot = lax.max(t - 1, 0), 1 - slot
+                    q_slot, do_slot = q_smem.at[slot], do_smem.at[slot]
+                    # Always wg. But as t is in it, the compiler does not keep the
+                    # descriptors of all parts of k and v in registers, for which there
+                    # is no room.
+                    wg_t = wg + lax.shift_right_logical(t, 30)
+                    own = share(wg_t, ROWS)
+
+                    def old_dq(dq_acc):
+                        product_dq(dq_acc, old_slot, wg_t)
+                        return pl.run_scoped(partial(scores, dq_acc), acc)
+
+                    def scores(dq_acc, s_acc):
+                        plgpu.barrier_wait(q_loaded.at[slot])
+                        plgpu.wgmma(s_acc, k_smem.at[own], q_slot.transpose((1, 0)))
+                        dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)
+
+                        @pl.when((t > 0) & (t + 1 < steps))
+                        def _release():
+                            plgpu.barrier_arrive(used.at[old_slot])
+
+                        add_dq(dq, before)
+                        plgpu.barrier_wait(do_loaded.at[slot])
+                        return pl.run_scoped(partial(gradients, s_acc), acc)
+
+                    def gradients(s_acc, dp_acc):
+                        plgpu.wgmma(dp_acc, v_smem.at[own], do_slot.transpose((1, 0)))
+                        lse = by_query(lse_smem.at[slot])
+                        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                        s = s * (H**-0.5 * LOG2_E) - lse
+                        diagonal = lax.rem(t, count) < KEYS // QUERIES
+                        p = jnp.exp2(lax.cond(diagonal, mask, lambda s, _: s, s, t))
+                        delta = by_query(delta_smem.at[slot])
+                        dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
+                        ds = (p * (dp - delta)).astype(jnp.bfloat16)
+                        return p.astype(jnp.bfloat16), ds
+
+                    acc = plgpu.ACC(shape, jnp.float32)
+                    dq_acc = plgpu.ACC((QUERIES, half), jnp.float32)
+                    p, ds = pl.run_scoped(old_dq, dq_acc)
+                    if not REGISTERS_MOVE:
+                        load_next(t)
+                    own_ds = ds_smem.at[slot, own]
+                    _multiply(dv_acc, p, do_slot, own_ds)
+                    own_ds[...] = ds
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(ds_written.at[slot])
+                    plgpu.wgmma(dk_acc, own_ds, q_slot)
+
+                def sums(dk_acc, dv_acc):
+                    # The first step adds 0, of a step before it.
+                    zeros = jnp.zeros(shape, jnp.bfloat16)
+                    ds_smem[1, share(wg, ROWS)] = plgpu.layout_cast(zeros, layout)
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(ds_written.at[1])
+                    body = partial(step, dk_acc=dk_acc, dv_acc=dv_acc)
+                    lax.fori_loop(0, steps, body, None)
+
+                    def last(dq_acc):
+                        product_dq(dq_acc, 1, wg)  # of an even number of steps
+                        return dq_acc[...]
+
+                    dq_acc = plgpu.ACC((QUERIES, half), jnp.float32)
+                    add_dq(pl.run_scoped(last, dq_acc), steps - 1)
+                    return dk_acc[...], dv_acc[...]
+
+                plgpu.barrier_wait(kv_loaded)
+                acc = plgpu.ACC((ROWS, H), jnp.float32)
+                dk, dv = pl.run_scoped(sums, acc, acc)
+                # The other warpgroup has read all of k.
+                plgpu.barrier_arrive(done)
+                plgpu.barrier_wait(done)
+                own = share(wg, ROWS)
+                k_smem[own] = (dk * H**-0.5).astype(jnp.bfloat16)
+                v_smem[own] = dv.astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                start = pl.multiple_of(j * KEYS + wg * ROWS, ROWS)
+                target = b, pl.ds(start, ROWS), kv_head
+                plgpu.copy_smem_to_gmem(k_smem.at[own], dk_gmem.at[target])
+                plgpu.copy_smem_to_gmem(v_smem.at[own], dv_gmem.at[target])
+                plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        attention_backward,
+        out_type=(k, v),
+        grid=(kv_blocks * B * K,),
+        grid_names=("block",),
+        num_threads=3 if REGISTERS_MOVE else 2,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            # Each store is between a wait and `commit_smem`, which are barriers.
+            unsafe_no_auto_barriers=True,
+        ),
+    )(q, k, v, d_out, lse, delta, dq_ref)
+
+
+# Pallas's interpreter has neither of these; tests replace them there.
+
+
+def _multiply(acc, a, b, free) -> None:
+    """Add a b to an accumulator, `a` in registers.
+
+    `free` is shared memory like `a` that nothing is in.
+    """
+    _, plgpu = mm.pallas()
+    plgpu.wgmma(acc, a, b)
+
+
+def _add(smem, gmem) -> None:
+    """Add a tile to global memory."""
+    _, plgpu = mm.pallas()
+    plgpu.copy_smem_to_gmem(smem, gmem, reduction_op="add")
