@@ -177,7 +177,7 @@ class TrainConfig:
     attention: Literal["auto", "mosaic_gpu", "cudnn", "xla"] = "auto"
     """What computes attention: 'cudnn', its kernels; 'mosaic_gpu', the same with this
     package's Hopper kernel for the backward pass; 'xla', flash attention in XLA's
-    products; 'auto' takes the first that can run of 'mosaic_gpu', 'cudnn', 'xla'."""
+    products; 'auto' takes the fastest that can run, as far as it was timed."""
     implementation: Literal["auto", "xla", "mosaic_gpu"] = "auto"
     """What computes the chunks of the MLP and the LM head: XLA's matrix products or
     this package's Hopper kernels; 'auto' takes the kernels where they can run."""

@@ -16,7 +16,8 @@ with A a token's arrays and workspace in
 
     cuDNN                   A = a (3 N H + 4 K H)    workspace 8 n N H / head_groups
     the same, packed        A = a (4 N H + 6 K H)    twice as much (packed.RATIO)
-      its other branch      A = a (4 N H + 6 K H) + 4 N H    0
+    the kernel, packed      A = a (3 N H + 4 K H) + 4 N H    0
+      the other branch      A = a (4 N H + 6 K H) + 4 N H    0
     Hopper's kernel, XLA    A = a (N H + 4 K H) + 4 N H      0
 
 and whatever is recomputed, kept or waits for its use besides: see the functions. With
@@ -275,16 +276,18 @@ class StepMemory:
         gradients = a * (self.NH + 2 * self.KH)
         sums = 4 * self.NH + 2 * a * self.KH  # dq in f32
         # Of a token and all heads: arrays, and cuDNN's workspace.
-        if self.attention != "cudnn":
-            out = a * self.NH if groups == 1 else 0  # not needed beside its gradient
-            forms = {"attention": (given + sums - out, 0)}
-        elif packing:  # one of two branches, the second with heads first
+        if packing and self.attention != "xla":  # a branch, or one with heads first
+            levels = given + 2 * gradients, RATIO * 8 * self.NH
+            kernel = given + a * self.NH + sums, 0
             forms = {
-                "attention": (given + 2 * gradients, RATIO * 8 * self.NH),
+                "attention": levels if self.attention == "cudnn" else kernel,
                 "attention in blocks": (2 * given + sums, 0),
             }
-        else:
+        elif self.attention == "cudnn":
             forms = {"attention": (given + gradients, 8 * self.NH)}
+        else:
+            out = a * self.NH if groups == 1 else 0  # not needed beside its gradient
+            forms = {"attention": (given + sums - out, 0)}
         layer = 12 * self.D * self.F + self.layer + self._sequences
         found = {}
         for name, (token, workspace) in forms.items():

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from mosaic import ON_GPU, compile_for_h200, errors, interpreted, needs_pallas
 
-from mst_jax.ops.attention import cudnn, mosaic_gpu, xla
+from mst_jax.ops.attention import (
+    attention_forward,
+    cudnn,
+    mosaic_gpu,
+    reference_attention,
+    xla,
+)
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 H = 128
@@ -55,52 +61,71 @@ def forward(q, k, v):
     return xla.flash_forward(q, k, v, None, softcap=None, **CAUSAL)
 
 
-def theirs(q, k, v, out, lse, d_out):
-    """What a GPU, or XLA, makes of the same 16-bit arrays."""
-    if ON_GPU:
-        fn = partial(cudnn.flash_backward, **CAUSAL)
+def theirs(q, k, v, out, lse, d_out, segment_ids=None, window=None):
+    """What cuDNN, or XLA, makes of the same 16-bit arrays."""
+    if ON_GPU and segment_ids is None:
+        fn = partial(cudnn.flash_backward, causal=True, window=window)
         return jax.jit(fn)(q, k, v, out, lse, d_out)
-    return xla.flash_backward(q, k, v, None, out, lse, d_out, softcap=None, **CAUSAL)
+    options = {"causal": True, "window": window, "softcap": None}
+    return xla.flash_backward(q, k, v, segment_ids, out, lse, d_out, **options)
 
 
-def exact(q, k, v, out, lse, d_out):
-    """The formula in f32, a query head at a time."""
+def exact(q, k, v, d_out, segment_ids=None, window=None):
+    """The formula in f32."""
+    options = {"segment_ids": segment_ids, "sliding_window": window}
 
     @jax.jit
     def run(q, k, v, d_out):
-        def attend(q, k, v):
-            s = jnp.einsum("BTH,BSH->BTS", q, k, precision="highest") * H**-0.5
-            s = jnp.where(jnp.tri(s.shape[1], dtype=bool), s, -jnp.inf)
-            p = jax.nn.softmax(s)
-            return jnp.einsum("BTS,BSH->BTH", p, v, precision="highest")
+        with jax.default_matmul_precision("highest"):
+            return jax.vjp(partial(reference_attention, **options), q, k, v)[1](d_out)
 
-        return jax.vjp(attend, q, k, v)[1](d_out)
-
-    wide = [a.astype(F32) for a in (q, k, v, d_out)]
-    group, N = q.shape[2] // k.shape[2], q.shape[2]
-    heads = [
-        run(
-            wide[0][:, :, n],
-            *(a[:, :, n // group] for a in wide[1:3]),
-            wide[3][:, :, n],
-        )
-        for n in range(N)
-    ]
-    dq, dk, dv = (jnp.stack(a, 2) for a in zip(*heads, strict=True))
-    by_group = (*k.shape[:3], group, H)
-    return dq, dk.reshape(by_group).sum(3), dv.reshape(by_group).sum(3)
+    return run(*(a.astype(F32) for a in (q, k, v, d_out)))
 
 
-def check(*args, factor=1.1):
-    want = exact(*args)
-    limits = errors(theirs(*args), want)
+def check(q, k, v, out, lse, d_out, factor=1.1, **masks):
+    want = exact(q, k, v, d_out, **masks)
+    limits = errors(theirs(q, k, v, out, lse, d_out, **masks), want)
     with backward() as fn:
-        got = jax.block_until_ready(jax.jit(fn)(*args))
+        got = jax.jit(partial(fn, **masks))(q, k, v, out, lse, d_out)
+        got = jax.block_until_ready(got)
     assert [a.dtype for a in got] == [BF16] * 3
     found = errors(got, want)
     assert all(np.isfinite(found)), found
     for our, their in zip(found, limits, strict=True):
         assert our < factor * their + 1e-6, (found, limits)
+
+
+def documents(*lengths):
+    """Ids 1, 2, ... of one row."""
+    return jnp.asarray(np.repeat(np.arange(len(lengths)) + 1, lengths)[None], jnp.int32)
+
+
+MASKS = [
+    {"segment_ids": documents(100, 1, 91, 128, 64)},  # within, across, whole blocks
+    {"window": 70},
+    {"segment_ids": documents(200, 184), "window": 130},
+]
+
+
+@needs_pallas
+@pytest.mark.parametrize("masks", MASKS, ids=["documents", "window", "both"])
+def test_documents_and_windows(masks):
+    ids, window = masks.get("segment_ids"), masks.get("window")
+    q, k, v, _, _, d_out = make(384, 1, 1)
+    options = {"causal": True, "window": window, "softcap": None}
+    out, lse = xla.flash_forward(q, k, v, ids, **options)
+    check(q, k, v, out, lse, d_out, factor=1.02, **masks)
+
+
+def test_blocks_that_see_each_other():
+    last = mosaic_gpu._last_query(documents(100, 1, 91, 128, 64), 90, 384)
+    t = np.arange(384)
+    ends = np.repeat([99, 100, 191, 319, 383], [100, 1, 91, 128, 64])
+    np.testing.assert_array_equal(last[0], np.minimum(ends, t + 89))
+    _, count, lowest = mosaic_gpu._blocks(last)
+    # Keys 0-127 are seen up to 191, 128-255 up to 319, all rounded up to pairs of 64.
+    np.testing.assert_array_equal(count[0], [4, 4, 2])
+    np.testing.assert_array_equal(lowest[0], [89, 191, 319])
 
 
 @needs_pallas
@@ -137,6 +162,25 @@ def test_compiled_for_an_h200():
 )
 def test_lengths_and_heads(T, N, K, B):
     check(*make(T, N, K, B), factor=1.05 if T > 100 else 1.5)  # few elements vary
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "masks",
+    [
+        {"segment_ids": documents(1000, 1, 2, 1500, 64, 1529)},
+        {"window": 1000},
+        {"segment_ids": documents(3000, 1096), "window": 100},
+    ],
+    ids=["documents", "window", "both"],
+)
+def test_long_documents_and_windows(masks):
+    q, k, v, _, _, d_out = make(4096, 8, 2)
+    ids, window = masks.get("segment_ids"), masks.get("window")
+    out, lse = attention_forward(
+        q, k, v, segment_ids=ids, sliding_window=window, implementation="mosaic_gpu"
+    )
+    check(q, k, v, out, lse, d_out, factor=1.05, **masks)
 
 
 @pytest.mark.gpu

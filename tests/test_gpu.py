@@ -143,7 +143,7 @@ def packings(T):
 
 
 @pytest.mark.parametrize("T", LENGTHS)
-@pytest.mark.parametrize("implementation", ["cudnn", "xla"])
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "cudnn", "xla"])
 def test_packed_attention(T, implementation):
     args, d_out = make_attention(T)
 

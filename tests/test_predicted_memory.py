@@ -252,6 +252,7 @@ def test_more_than_one_device_is_refused():
         ("h200", config(131072, plan="offload", attention="xla")),
         ("h200", config(16384, plan="save_attention", mlp_chunk_size=4096)),
         ("h200", config(16384, plan="save_attention", head_groups=8)),
+        ("h200", config(32768, plan="offload", packing=True, attention="mosaic_gpu")),
         (
             "h200",
             config(
@@ -279,8 +280,8 @@ def test_more_than_one_device_is_refused():
     ],
     ids=[
         "head", "save_attention", "whole", "none, whole", "offload", "prefetch", "xla",
-        "kernel", "kernel in groups", "blocks", "packed", "packed in groups", "mixture",
-        "T4",
+        "kernel", "kernel in groups", "kernel, packed", "blocks", "packed",
+        "packed in groups", "mixture", "T4",
     ],
 )  # fmt: skip
 def test_predicted_memory_is_within_5_percent_of_the_compiled(gpu, cfg):

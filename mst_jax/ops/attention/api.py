@@ -112,8 +112,7 @@ def _choose(q, k, v, causal, sliding_window, segment_ids, softcap, implementatio
         implementation, _ = _first(q, mask, None)
     elif implementation not in IMPLEMENTATIONS:
         raise NotImplementedError(f"{implementation=} is none of {IMPLEMENTATIONS}")
-    # What a GPU that is not here can do is left to the compiler.
-    there = _capability() if mask.segmented else None
+    there = _capability() if mask.segmented else None  # else the compiler will say
     if obstacle := _obstacle(implementation, q, mask, there, anywhere=there is None):
         raise NotImplementedError(f"{implementation!r} attention: {obstacle}")
     return _How(implementation, causal, sliding_window, softcap)
@@ -150,7 +149,8 @@ def _backward(how: _How, residuals, d_out):
             q, k, v, ids, out, lse, d_out, softcap=how.softcap, **options
         )
     elif how.implementation == "mosaic_gpu":
-        dq, dk, dv = mosaic_gpu.flash_backward(q, k, v, out, lse, d_out)
+        arrays = q, k, v, documents, out, lse, d_out
+        dq, dk, dv = packed.kernel_backward(*arrays, window=how.window)
     elif documents is not None:
         dq, dk, dv = packed.backward(q, k, v, documents, out, lse, d_out, **options)
     else:
@@ -209,6 +209,9 @@ def _first(q, mask: _Mask, capability) -> tuple[str, str]:
     why = "this GPU has it"
     for name in IMPLEMENTATIONS:
         obstacle = _obstacle(name, q, mask, capability)
+        if obstacle is None and name == "mosaic_gpu":
+            masked = mask.segmented or mask.window is not None
+            obstacle = mosaic_gpu.not_by_default(q.shape[1], masked=masked)
         if obstacle is None:
             return name, why
         why = f"not {name}: {obstacle}"
@@ -221,13 +224,13 @@ def _obstacle(name: str, q, mask: _Mask, capability, *, anywhere=False) -> str |
         return None
     reason = cudnn.obstacle(q, **vars(mask))  # its forward pass is every kernel's
     if name == "mosaic_gpu":
-        reason = reason or mosaic_gpu.obstacle(q, plain=mask == _Mask())
+        reason = reason or mosaic_gpu.obstacle(q, mask.causal, mask.softcap)
     if reason or anywhere:
         return reason
     if capability is None:
         return f"there is no GPU ({jax.default_backend()})"
-    if name == "mosaic_gpu":
-        return mosaic_gpu.device_obstacle(capability, q.shape[1])
+    if name == "mosaic_gpu" and (reason := mosaic_gpu.device_obstacle(capability)):
+        return reason
     return cudnn.device_obstacle(capability, q.shape[-1], segmented=mask.segmented)
 
 

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mst_jax.ops import matmul as mm
+from mst_jax.ops.matmul import device_obstacle as device_obstacle
 
 QUERIES = 64
 """Of a step."""
@@ -46,11 +47,10 @@ DETERMINISTIC = "xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_o
 """XLA's flags for runs that repeat to the last bit."""
 
 
-def obstacle(q: jax.Array | jax.ShapeDtypeStruct, *, plain: bool) -> str | None:
-    """Return why the kernel cannot compute the backward pass for q, or None.
-
-    `plain`: whether attention is causal, without documents, window and softcap.
-    """
+def obstacle(
+    q: jax.Array | jax.ShapeDtypeStruct, causal: bool, softcap: float | None
+) -> str | None:
+    """Return why the kernel cannot compute the backward pass for q, or None."""
     if reason := mm.obstacle():
         return reason
     if q.dtype != jnp.bfloat16:
@@ -61,25 +61,28 @@ def obstacle(q: jax.Array | jax.ShapeDtypeStruct, *, plain: bool) -> str | None:
         return f"T={q.shape[1]} is no multiple of 8"
     if math.prod(q.shape) >= 2**31:
         return f"q of {q.shape} has 2^31 elements, of which it was not tested"
-    if not plain:
-        return "is causal, without documents, window and softcap"
+    if softcap or not causal:
+        return "is causal and has no softcap"
     flags = os.environ.get("XLA_FLAGS", "")
     if any(f"{flag}=true" in flags for flag in DETERMINISTIC):
         return "adds up dq in no fixed order, and XLA_FLAGS ask for one"
     return None
 
 
-def device_obstacle(capability: tuple[int, int] | None, T: int) -> str | None:
-    """Return why a GPU should not run the kernel on rows of T tokens, or None."""
-    if reason := mm.device_obstacle(capability):
-        return reason
+def not_by_default(T: int, *, masked: bool) -> str | None:
+    """Return why cuDNN is chosen where the kernel could run too, or None.
+
+    `masked`: whether there are documents or a window.
+    """
+    if masked:
+        return "with documents or a window it was not timed"
     if not REGISTERS_MOVE and T > SHORT:
         return f"on JAX 0.12 it is slower than cuDNN beyond {SHORT} tokens, T={T}"
     return None
 
 
-def flash_backward(q, k, v, out, lse, d_out):
-    """Return (dq, dk, dv) of causal attention.
+def flash_backward(q, k, v, out, lse, d_out, *, segment_ids=None, window=None):
+    """Return (dq, dk, dv) of causal attention; a block costs the pairs that it has.
 
     Args:
         q: bf16 [B, T, N, H].
@@ -88,22 +91,51 @@ def flash_backward(q, k, v, out, lse, d_out):
         out: like q, what the forward pass returned.
         lse: f32 [B, N, T], the logsumexp of each query's scores.
         d_out: like q.
+        segment_ids: int [B, T], a run of equal ones is a document; or None.
+        window: tokens that a token sees to its left, itself included; or None.
     """
-    _, T, _, H = q.shape
+    B, T, _, H = q.shape
     delta = jnp.einsum("BTNH,BTNH->BNT", out, d_out, preferred_element_type=jnp.float32)
     # A block of keys walks whole blocks of queries: exp(0 - inf) = 0 beyond the end.
     pad = ((0, 0), (0, 0), (0, -T % KEYS))
     lse = jnp.pad(lse * LOG2_E, pad, constant_values=jnp.inf)
     delta = jnp.pad(delta, pad)
     dq = jnp.zeros(q.shape, jnp.float32)
-    dq, (dk, dv) = mm.in_place(_kernel, dq, q, k, v, d_out, lse, delta)
+    seen = ()
+    if segment_ids is not None or window is not None:
+        last = jnp.broadcast_to(_last_query(segment_ids, window, T), (B, T))
+        seen = _blocks(jnp.pad(last, pad[1:]))
+    dq, (dk, dv) = mm.in_place(_kernel, dq, q, k, v, d_out, lse, delta, *seen)
     return (dq * H**-0.5).astype(q.dtype), dk, dv
 
 
-def _kernel(dq_ref, q, k, v, d_out, lse, delta):
+def _last_query(ids, window, T):
+    """Return int32 [B or 1, T], the last query that sees each key."""
+    t = jnp.arange(T, dtype=jnp.int32)
+    last = jnp.full((1, T), T - 1, jnp.int32)
+    if ids is not None:
+        ends = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (0, 1)))
+        last = lax.cummin(jnp.where(ends, t, T - 1), axis=1, reverse=True)
+    return last if window is None else jnp.minimum(last, t + (window - 1))
+
+
+def _blocks(last):
+    """[B, T'] -> itself, and of each block of keys int32 [B, T' / KEYS].
+
+    They are the blocks of queries that see some of it, an even number, and the last
+    query that sees all of it.
+    """
+    by_block = last.reshape(last.shape[0], -1, KEYS)
+    first = jnp.arange(by_block.shape[1], dtype=jnp.int32) * (KEYS // QUERIES)
+    count = by_block.max(-1) // QUERIES + 1 - first
+    return last, count + count % 2, by_block.min(-1)
+
+
+def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
     """Add dq / scale to `dq_ref`, f32 like q, and return dk and dv.
 
-    lse and delta are [B, N, T'], T' a multiple of KEYS; lse is in base 2.
+    lse and delta are [B, N, T'], T' a multiple of KEYS; lse is in base 2. `seen` is of
+    `_blocks`, or nothing if all queries see all keys before them.
     """
     pl, plgpu = mm.pallas()
     B, T, N, H = q.shape
@@ -116,6 +148,9 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta):
         j, rest = lax.div(block, B * K), lax.rem(block, B * K)
         b, kv_head = lax.div(rest, K), lax.rem(rest, K)
         first, count = j * (KEYS // QUERIES), (kv_blocks - j) * (KEYS // QUERIES)
+        if seen:
+            last_gmem, count_gmem, lowest_gmem = gmems[6:9]
+            count, lowest = count_gmem[b, j], lowest_gmem[b, j]
         steps = group * count
 
         def place(t):
@@ -147,8 +182,8 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta):
             k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem,
             kv_loaded, q_loaded, do_loaded, used, ds_written, done,
         ):  # fmt: skip
-            q_gmem, k_gmem, v_gmem, do_gmem, lse_gmem, delta_gmem, *gradients = gmems
-            dq_gmem, dk_gmem, dv_gmem = gradients
+            q_gmem, k_gmem, v_gmem, do_gmem, lse_gmem, delta_gmem = gmems[:6]
+            dq_gmem, dk_gmem, dv_gmem = gmems[-3:]
             wg = lax.axis_index("wg")
 
             def loader(i):
@@ -213,14 +248,32 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta):
                     value = plgpu.load(statistic, layout=layout.reduce(0))
                     return lax.broadcast_in_dim(value, shape, (1,))
 
+                own_keys = pl.ds(pl.multiple_of(j * KEYS + wg * ROWS, ROWS), ROWS)
+                if seen:
+                    last = plgpu.load(
+                        last_gmem.at[b, own_keys], layout=layout.reduce(1),
+                        optimized=False,
+                    )  # fmt: skip
+
                 def mask(s, t):
                     key, query = (
                         plgpu.broadcasted_iota(jnp.int32, shape, i, layout=layout)
                         for i in range(2)
                     )
-                    start = (first + lax.rem(t, count)) * QUERIES
-                    sees = key + (j * KEYS + wg * ROWS) <= query + start
-                    return jnp.where(sees, s, -jnp.inf)
+                    query += (first + lax.rem(t, count)) * QUERIES
+                    s = jnp.where(key + (j * KEYS + wg * ROWS) <= query, s, -jnp.inf)
+                    if seen:
+                        ends = lax.broadcast_in_dim(last, shape, (0,))
+                        s = jnp.where(query <= ends, s, -jnp.inf)
+                    return s
+
+                def is_cut(t):
+                    """Whether some query of a step does not see some key."""
+                    place = lax.rem(t, count)
+                    cut = place < KEYS // QUERIES  # on the diagonal
+                    if seen:
+                        cut |= (first + place + 1) * QUERIES > lowest + 1
+                    return cut
 
                 def product_dq(acc, slot, wg):
                     plgpu.barrier_wait(ds_written.at[slot])
@@ -265,8 +318,7 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta):
                         lse = by_query(lse_smem.at[slot])
                         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                         s = s * (H**-0.5 * LOG2_E) - lse
-                        diagonal = lax.rem(t, count) < KEYS // QUERIES
-                        p = jnp.exp2(lax.cond(diagonal, mask, lambda s, _: s, s, t))
+                        p = jnp.exp2(lax.cond(is_cut(t), mask, lambda s, _: s, s, t))
                         delta = by_query(delta_smem.at[slot])
                         dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
                         ds = (p * (dp - delta)).astype(jnp.bfloat16)
@@ -293,12 +345,12 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta):
                     body = partial(step, dk_acc=dk_acc, dv_acc=dv_acc)
                     lax.fori_loop(0, steps, body, None)
 
-                    def last(dq_acc):
+                    def last_dq(dq_acc):
                         product_dq(dq_acc, 1, wg)  # of an even number of steps
                         return dq_acc[...]
 
                     dq_acc = plgpu.ACC((QUERIES, half), jnp.float32)
-                    add_dq(pl.run_scoped(last, dq_acc), steps - 1)
+                    add_dq(pl.run_scoped(last_dq, dq_acc), steps - 1)
                     return dk_acc[...], dv_acc[...]
 
                 plgpu.barrier_wait(kv_loaded)
@@ -311,8 +363,7 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta):
                 k_smem[own] = (dk * H**-0.5).astype(jnp.bfloat16)
                 v_smem[own] = dv.astype(jnp.bfloat16)
                 plgpu.commit_smem()
-                start = pl.multiple_of(j * KEYS + wg * ROWS, ROWS)
-                target = b, pl.ds(start, ROWS), kv_head
+                target = b, own_keys, kv_head
                 plgpu.copy_smem_to_gmem(k_smem.at[own], dk_gmem.at[target])
                 plgpu.copy_smem_to_gmem(v_smem.at[own], dv_gmem.at[target])
                 plgpu.wait_smem_to_gmem(0)
@@ -329,7 +380,7 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta):
             # Each store is between a wait and `commit_smem`, which are barriers.
             unsafe_no_auto_barriers=True,
         ),
-    )(q, k, v, d_out, lse, delta, dq_ref)
+    )(q, k, v, d_out, lse, delta, *seen, dq_ref)
 
 
 # Pallas's interpreter has neither of these; tests replace them there.

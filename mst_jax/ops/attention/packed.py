@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mst_jax.ops.attention import cudnn, xla
+from mst_jax.ops.attention import cudnn, mosaic_gpu, xla
 
 RATIO = 2
 """r. Smaller is less memory, larger fewer calls."""
@@ -160,6 +160,25 @@ def backward(q, k, v, documents: Documents, out, lse, d_out, *, causal, window):
 
     arrays, shapes = (q, k, v, out, lse, d_out), (q.shape, k.shape, v.shape)
     return _either(documents.regular, by_level, by_blocks, arrays, shapes)
+
+
+def kernel_backward(q, k, v, documents: Documents | None, out, lse, d_out, *, window):
+    """Return (dq, dk, dv) from our own kernel, which needs no levels; causal."""
+    if documents is None:
+        return mosaic_gpu.flash_backward(q, k, v, out, lse, d_out, window=window)
+
+    def by_kernel(*arrays):
+        ids = documents.ids
+        return mosaic_gpu.flash_backward(*arrays, segment_ids=ids, window=window)
+
+    def by_blocks(q, k, v, out, lse, d_out):
+        return xla.flash_backward(
+            q, k, v, documents.ids, out, lse, d_out, causal=True, window=window,
+            softcap=None,
+        )  # fmt: skip
+
+    arrays, shapes = (q, k, v, out, lse, d_out), (q.shape, k.shape, v.shape)
+    return _either(documents.regular, by_kernel, by_blocks, arrays, shapes)
 
 
 def _either(regular, by_level, by_blocks, arrays, shapes):
