@@ -250,8 +250,11 @@ def test_more_than_one_device_is_refused():
         ("h200", config(262144, plan="offload", head_groups=8)),
         ("h200", config(131072, plan="offload_attention", prefetch=True)),
         ("h200", config(131072, plan="offload", attention="xla")),
-        ("h200", config(16384, plan="save_attention", mlp_chunk_size=4096)),
-        ("h200", config(16384, plan="save_attention", head_groups=8)),
+        ("h200", config(16384, plan="save_attention", attention="mosaic_gpu")),
+        (
+            "h200",
+            config(16384, plan="save_attention", attention="mosaic_gpu", head_groups=8),
+        ),
         ("h200", config(32768, plan="offload", packing=True, attention="mosaic_gpu")),
         (
             "h200",
