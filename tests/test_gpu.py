@@ -27,7 +27,7 @@ from mst_jax.loss import next_token_loss
 from mst_jax.model import from_params, init_params
 from mst_jax.ops.attention import attention, choose_implementation
 from mst_jax.ops.linear_cross_entropy import linear_cross_entropy
-from mst_jax.ops.matmul import device_obstacle
+from mst_jax.ops.matmul import device_obstacle, obstacle
 from mst_jax.ops.swiglu import swiglu
 from mst_jax.sharding import make_mesh
 from mst_jax.train_step import (
@@ -218,7 +218,7 @@ def test_cudnn_is_what_runs():
     name, why = choose_implementation(64, jnp.bfloat16, segmented=False)
     assert name == "cudnn", why
     name, why = choose_implementation(128, jnp.bfloat16, segmented=False)
-    assert name == "cudnn" or device_obstacle() is None, why
+    assert name == ("cudnn" if obstacle() or device_obstacle() else "mosaic_gpu"), why
     args, d_out = make_attention(LENGTHS[0])
     for ids in (None, documents(LENGTHS[0], 1000)):
         fn = jax.jit(partial(attention, segment_ids=ids))

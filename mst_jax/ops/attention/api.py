@@ -108,13 +108,15 @@ def _choose(q, k, v, causal, sliding_window, segment_ids, softcap, implementatio
     if softcap is not None and softcap <= 0:
         raise ValueError(f"{softcap=} must be positive or None")
     mask = _Mask(causal, sliding_window, segment_ids is not None, softcap)
+    there = _capability() if mask.segmented else None  # else the compiler will say
     if implementation is None:
         implementation, _ = _first(q, mask, None)
     elif implementation not in IMPLEMENTATIONS:
         raise NotImplementedError(f"{implementation=} is none of {IMPLEMENTATIONS}")
-    there = _capability() if mask.segmented else None  # else the compiler will say
-    if obstacle := _obstacle(implementation, q, mask, there, anywhere=there is None):
-        raise NotImplementedError(f"{implementation!r} attention: {obstacle}")
+    elif obstacle := _obstacle(implementation, q, mask, there, anywhere=there is None):
+        raise NotImplementedError(
+            f"{implementation!r} attention: {obstacle}; use 'xla'"
+        )
     return _How(implementation, causal, sliding_window, softcap)
 
 
@@ -148,11 +150,12 @@ def _backward(how: _How, residuals, d_out):
         dq, dk, dv = xla.flash_backward(
             q, k, v, ids, out, lse, d_out, softcap=how.softcap, **options
         )
-    elif how.implementation == "mosaic_gpu":
-        arrays = q, k, v, documents, out, lse, d_out
-        dq, dk, dv = packed.kernel_backward(*arrays, window=how.window)
     elif documents is not None:
+        options["kernel"] = how.implementation == "mosaic_gpu"
         dq, dk, dv = packed.backward(q, k, v, documents, out, lse, d_out, **options)
+    elif how.implementation == "mosaic_gpu":
+        arrays = q, k, v, out, lse, d_out
+        dq, dk, dv = mosaic_gpu.flash_backward(*arrays, window=how.window)
     else:
         dq, dk, dv = cudnn.flash_backward(q, k, v, out, lse, d_out, **options)
     return dq, dk, dv, None
@@ -175,10 +178,8 @@ def choose_implementation(
     """Return what computes causal attention here for (B, T, N), and why.
 
     Args:
-        head_size: H.
-        dtype: of q, k and v.
-        segmented: whether there are documents.
-        softcap, sliding_window: see `attention`.
+        head_size, dtype: of q, k and v.
+        segmented, softcap, sliding_window: if there are documents; see `attention`.
         shape: B, T and N.
         capability: that of another GPU, to choose as it would be there.
         asked: an implementation by name, if there is no choice.
@@ -210,8 +211,7 @@ def _first(q, mask: _Mask, capability) -> tuple[str, str]:
     for name in IMPLEMENTATIONS:
         obstacle = _obstacle(name, q, mask, capability)
         if obstacle is None and name == "mosaic_gpu":
-            masked = mask.segmented or mask.window is not None
-            obstacle = mosaic_gpu.not_by_default(q.shape[1], masked=masked)
+            obstacle = mosaic_gpu.not_by_default(q.shape[1], masked=mask != _Mask())
         if obstacle is None:
             return name, why
         why = f"not {name}: {obstacle}"

@@ -15,6 +15,9 @@ A third warpgroup loads (TMA) and leaves its registers to the two. JAX 0.12 comp
 kernels so that registers cannot move; the two, with half of them each, load themselves
 then, and are up to 5% slower.
 
+Documents and windows: a block stops at the last query that sees some of its keys, and
+masks a step only where some query does not see some key.
+
 The sums of dq come in no fixed order: its last bits differ from run to run.
 """
 
@@ -36,8 +39,8 @@ ROWS = 64
 KEYS = 2 * ROWS
 """Keys of a thread block."""
 REGISTERS_MOVE = jax.__version_info__ < (0, 12)
-"""Whether `setmaxnreg` does something: NVIDIA's linker, as which 0.12 runs the
-assembler, ignores it."""
+"""Whether `setmaxnreg` does something: JAX 0.12 assembles kernels in NVIDIA's linker,
+which ignores it."""
 LOAD_REGISTERS, COMPUTE_REGISTERS = 24, 240
 """Of a thread, while three warpgroups share 65,536."""
 SHORT = 8192

@@ -123,8 +123,14 @@ def forward(q, k, v, documents: Documents, *, causal, window):
     return _either(documents.regular, by_level, by_blocks, (q, k, v), shapes)
 
 
-def backward(q, k, v, documents: Documents, out, lse, d_out, *, causal, window):
-    """Return (dq, dk, dv) from what `forward` took and returned."""
+def backward(
+    q, k, v, documents: Documents, out, lse, d_out, *, causal, window, kernel=False
+):
+    """Return (dq, dk, dv) from what `forward` took and returned.
+
+    `kernel`: whether this package's own kernel, which needs no levels, takes their
+    place. It is causal.
+    """
     B, T, N, _ = q.shape
     lengths = level_lengths(T, RATIO, SMALLEST)
     options = {"causal": causal, "window": window}
@@ -153,35 +159,21 @@ def backward(q, k, v, documents: Documents, out, lse, d_out, *, causal, window):
         )
         return tuple(a[:, :T] for a in gradients)
 
-    def by_blocks(q, k, v, out, lse, d_out):
-        return xla.flash_backward(
-            q, k, v, documents.ids, out, lse, d_out, softcap=None, **options
-        )
-
-    arrays, shapes = (q, k, v, out, lse, d_out), (q.shape, k.shape, v.shape)
-    return _either(documents.regular, by_level, by_blocks, arrays, shapes)
-
-
-def kernel_backward(q, k, v, documents: Documents | None, out, lse, d_out, *, window):
-    """Return (dq, dk, dv) from our own kernel, which needs no levels; causal."""
-    if documents is None:
-        return mosaic_gpu.flash_backward(q, k, v, out, lse, d_out, window=window)
-
     def by_kernel(*arrays):
         ids = documents.ids
         return mosaic_gpu.flash_backward(*arrays, segment_ids=ids, window=window)
 
     def by_blocks(q, k, v, out, lse, d_out):
         return xla.flash_backward(
-            q, k, v, documents.ids, out, lse, d_out, causal=True, window=window,
-            softcap=None,
-        )  # fmt: skip
+            q, k, v, documents.ids, out, lse, d_out, softcap=None, **options
+        )
 
+    regularly = by_kernel if kernel else by_level
     arrays, shapes = (q, k, v, out, lse, d_out), (q.shape, k.shape, v.shape)
-    return _either(documents.regular, by_kernel, by_blocks, arrays, shapes)
+    return _either(documents.regular, regularly, by_blocks, arrays, shapes)
 
 
-def _either(regular, by_level, by_blocks, arrays, shapes):
+def _either(regular, regularly, by_blocks, arrays, shapes):
     """Run one of two functions of `arrays`, with results of these shapes.
 
     [B, T, N, H] goes in and out as [B, T, N H]. Of the four XLA takes the layout that
@@ -200,7 +192,7 @@ def _either(regular, by_level, by_blocks, arrays, shapes):
 
     # The barriers keep XLA from moving the reshapes into the branches.
     flats = jax.lax.optimization_barrier(tuple(map(flat, arrays)))
-    found = jax.lax.cond(regular, branch(by_level), branch(by_blocks), *flats)
+    found = jax.lax.cond(regular, branch(regularly), branch(by_blocks), *flats)
     found = jax.lax.optimization_barrier(found)
     return tuple(a.reshape(shape) for a, shape in zip(found, shapes, strict=True))
 
