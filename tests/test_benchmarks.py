@@ -1,14 +1,13 @@
 """Benchmarks answer --help, and refuse wrong arguments before they do anything."""
 
-import importlib.util
 import re
 import sys
-from pathlib import Path
 
 import jax
 import pytest
+import scripts
+from scripts import BENCHMARKS
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 COMMANDS = [
     path.stem
     for path in sorted(BENCHMARKS.glob("*.py"))
@@ -19,18 +18,11 @@ COMMANDS = [
 @pytest.fixture
 def load(monkeypatch, tmp_path):
     """A function from a script's name and arguments to its module."""
-    monkeypatch.syspath_prepend(BENCHMARKS)  # they import each other
     monkeypatch.chdir(tmp_path)
 
     def load(name, *args):
-        path = BENCHMARKS / f"{name}.py"
-        monkeypatch.setattr(sys, "argv", [str(path), *args])
-        # Not as `name`: trace is also a module of the standard library.
-        spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / f"{name}.py"), *args])
+        return scripts.load(name)
 
     return load
 

@@ -1,21 +1,16 @@
 """benchmarks/dispatch.py's count of launches, and the options that change it."""
 
-import importlib.util
-from pathlib import Path
 from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
 import pytest
+from scripts import load
 
 from mst_jax.config import TrainConfig
 from mst_jax.train_step import COMMAND_BUFFERS
 
-_path = Path(__file__).parent.parent / "benchmarks" / "dispatch.py"
-_spec = importlib.util.spec_from_file_location("dispatch", _path)
-assert _spec is not None and _spec.loader is not None
-dispatch = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(dispatch)
+dispatch = load("dispatch")
 
 HLO = """\
 HloModule m, is_scheduled=true

@@ -1,17 +1,13 @@
 """benchmarks/ops.py: the widths of its rows."""
 
-import importlib.util
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
+from scripts import load
 
 from mst_jax.config import PRESETS
 
-_path = Path(__file__).parent.parent / "benchmarks" / "ops.py"
-_spec = importlib.util.spec_from_file_location("ops_benchmark", _path)
-ops = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(ops)
+ops = load("ops")
 
 
 def widths(**given):

@@ -1,32 +1,23 @@
 """benchmarks/peers.py: one model in both frameworks, and rows that fail are rows."""
 
 import csv
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
+from importlib.util import find_spec
 
 import jax
 import numpy as np
 import torch
 from flax.traverse_util import flatten_dict
+from scripts import BENCHMARKS, load
 
 from mst_jax.hf import _tensors
 from mst_jax.model_config import ModelConfig
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 def test_both_frameworks_make_the_same_weights():
-    weights = load(BENCHMARKS / "peers" / "weights.py")
+    weights = load("peers/weights")
     cfg = ModelConfig(hidden_size=64, intermediate_size=96, num_layers=2)
     params = flatten_dict(jax.jit(lambda: weights.jax_params(cfg))(), sep="/")
     for hf, name, layer, shape in _tensors(cfg):
@@ -43,7 +34,7 @@ def test_both_frameworks_make_the_same_weights():
 
 
 def test_long_tensors_are_filled_piece_by_piece():
-    weights = load(BENCHMARKS / "peers" / "weights.py")
+    weights = load("peers/weights")
     weights.PIECE = 2**11
     whole = torch.empty((6, 2**10), dtype=torch.bfloat16)
     weights.fill_torch(whole, "name", 1.0)  # two rows at a time
@@ -82,13 +73,13 @@ def test_ours_and_hugging_face_compute_the_same_and_what_cannot_says_why(tmp_pat
         assert abs(float(ours["last_loss"]) - float(theirs["last_loss"])) < 0.1
         assert float(ours["ours_over_it"]) == 1
     assert "has no minis/mini_sequence.py" in rows["mini-s", 64]["error"]
-    if importlib.util.find_spec("liger_kernel") is None:
+    if find_spec("liger_kernel") is None:
         assert rows["liger", 96]["error"] == "not installed: liger_kernel"
     assert not rows["mini-s", 64]["tokens_per_second"]
 
 
 def test_a_row_that_hangs_is_stopped(monkeypatch, tmp_path):
-    peers = load(BENCHMARKS / "peers.py")
+    peers = load("peers")
     (tmp_path / "benchmarks" / "peers").mkdir(parents=True)
     script = tmp_path / "benchmarks" / "peers" / "with_torch.py"
     script.write_text(
@@ -103,7 +94,7 @@ def test_a_row_that_hangs_is_stopped(monkeypatch, tmp_path):
 
 
 def test_a_process_that_dies_leaves_its_last_line(monkeypatch, tmp_path):
-    peers = load(BENCHMARKS / "peers.py")
+    peers = load("peers")
     (tmp_path / "benchmarks" / "peers").mkdir(parents=True)
     script = tmp_path / "benchmarks" / "peers" / "with_jax.py"
     script.write_text("raise MemoryError('not enough')")
@@ -114,7 +105,7 @@ def test_a_process_that_dies_leaves_its_last_line(monkeypatch, tmp_path):
 
 
 def test_ratios_are_to_the_best_and_other_losses_do_not_count():
-    peers = load(BENCHMARKS / "peers.py")
+    peers = load("peers")
     row = {"tokens": 8, "fastest_s": 1.0, "steps": 2, "peak_GiB": 1.0}
     rows = peers.table([
         row | {"entry": "ours", "step_s": 0.01, "losses": [5.0, 4.0]},
@@ -135,7 +126,7 @@ def test_ratios_are_to_the_best_and_other_losses_do_not_count():
 
 
 def test_every_peer_has_its_settings():
-    peers = load(BENCHMARKS / "peers.py")
+    peers = load("peers")
     text = (BENCHMARKS / "peers" / "with_torch.py").read_text()
     for entry in peers.ENTRIES:
         assert peers.is_ours(entry) or f'"{entry}": Peer(' in text

@@ -1,20 +1,14 @@
 """benchmarks/step.py: its rows, its comparison of two checkpoints, its plain read."""
 
-import importlib.util
-from pathlib import Path
-
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from scripts import load
 
 from mst_jax.plan import PRESETS, parse_plan
 
-_path = Path(__file__).parent.parent / "benchmarks" / "step.py"
-_spec = importlib.util.spec_from_file_location("step", _path)
-assert _spec is not None and _spec.loader is not None
-step = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(step)
+step = load("step")
 
 
 @pytest.mark.parametrize("name", step.ROWS)

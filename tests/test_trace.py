@@ -1,36 +1,19 @@
 """benchmarks/trace.py: from a trace and a program to a table, without a GPU."""
 
 import csv
-import importlib.util
 import json
 import re
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.profiler import ProfileData
+from scripts import BENCHMARKS, load
 
 pytestmark = pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # they import each other by these names
-    spec.loader.exec_module(module)
-    return module
-
-
-rows, program, events = map(load, ("trace_rows", "trace_program", "trace_events"))
-_stdlib_trace = sys.modules.pop("trace", None)
-trace = load("trace")
-sys.modules.pop("trace")
-if _stdlib_trace is not None:
-    sys.modules["trace"] = _stdlib_trace
+program, events, trace = map(load, ("trace_program", "trace_events", "trace"))
 
 T, D, F, N, K, H, L = 64, 512, 1024, 4, 2, 128, 3
 LAYER = "jit(step)/while/body"
