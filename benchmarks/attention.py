@@ -9,13 +9,8 @@ timed when it is installed. Writes a dated markdown and a CSV.
 """
 
 import argparse
-import csv
-import datetime
-import platform
-import sys
 import time
 from functools import cache, partial
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report
 
 from mst_jax.ops.attention import attention, packed, reference_attention
 
@@ -49,12 +45,20 @@ ROWS: list[dict[str, Any]] = [
     {"how": "xla", "T": 32768, "documents": [16384] * 2},
     {"how": "xla", "T": 32768, "documents": [1024] * 32},
     {"how": "mosaic_gpu", "T": 32768},
+    {"how": "mosaic_gpu", "T": 32768, "documents": [32768]},
+    {"how": "mosaic_gpu", "T": 32768, "documents": [16384] * 2},
+    {"how": "mosaic_gpu", "T": 32768, "documents": [4096] * 8},
+    {"how": "mosaic_gpu", "T": 32768, "documents": [1024] * 32},
+    {"how": "mosaic_gpu", "T": 32768, "documents": [128] * 256},
+    {"how": "mosaic_gpu", "T": 32768, "documents": HALVING},
     {"how": "cudnn", "T": 8192},
     {"how": "mosaic_gpu", "T": 8192},
     {"how": "cudnn", "T": 65536},
     {"how": "mosaic_gpu", "T": 65536},
     {"how": "cudnn", "T": 32768, "window": 4096},
+    {"how": "mosaic_gpu", "T": 32768, "window": 4096},
     {"how": "cudnn 2", "T": 32768, "documents": [16384] * 2, "window": 4096},
+    {"how": "mosaic_gpu", "T": 32768, "documents": [16384] * 2, "window": 4096},
     {"how": "xla", "T": 32768, "window": 4096},
     {"how": "tokamax", "T": 8192},
     {"how": "tokamax", "T": 32768},
@@ -66,6 +70,9 @@ ROWS: list[dict[str, Any]] = [
 TRIALS: list[dict[str, Any]] = [
     {"how": "cudnn"},
     {"how": "mosaic_gpu"},
+    {"how": "mosaic_gpu", "window": 100},
+    {"how": "mosaic_gpu", "documents": [513, 300, 1, 1, 150]},
+    {"how": "mosaic_gpu", "documents": [70] * 14, "window": 100},
     {"how": "cudnn", "window": 100},
     {"how": "cudnn 2", "documents": [513, 300, 1, 1, 150]},
     {"how": "xla", "documents": [513, 300, 1, 1, 150]},
@@ -283,40 +290,22 @@ def main() -> None:
 
 
 def write(out: Path, results: list[dict], notes: list[str]) -> None:
-    """Write the CSV and the markdown."""
-    versions = []
-    for name in ("jax", "jaxlib", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "tokamax"):
-        try:
-            versions.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            pass
-    date = datetime.date.today().isoformat()
-    out.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(k for r in results for k in r))
-    with (out / f"attention-{date}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(results)
+    """Write the CSV and the markdown, and print the latter."""
     N, K = HEADS
-    lines = [
-        f"# Attention alone, {date}",
-        "",
-        f"- GPU: {jax.devices()[0].device_kind}",
-        f"- versions: Python {platform.python_version()}, {', '.join(versions)}",
-        f"- command: `python {' '.join(sys.argv)}`",
-        f"- bf16, causal, batch 1, {N} query and {K} key/value heads; backward is both "
-        "less forward; FLOPs of the pairs that are to be seen, backward 2.5 forward",
-        *[f"- {n}" for n in notes],
-        "",
-        "| " + " | ".join(columns) + " |",
-        "|" + " --- |" * len(columns),
-        *[
-            "| " + " | ".join(str(r.get(c, "")) for c in columns) + " |"
-            for r in results
+    path = report.write(
+        out, "attention", "Attention alone", results,
+        gpu=jax.devices()[0].device_kind,
+        packages=(
+            "jax", "jaxlib", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "tokamax"
+        ),
+        notes=[
+            f"bf16, causal, batch 1, {N} query and {K} key/value heads; backward is "
+            "both less forward; FLOPs of the pairs that are to be seen, backward 2.5 "
+            "forward",
+            *notes,
         ],
-    ]
-    (out / f"attention-{date}.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    )  # fmt: skip
+    print(path.read_text())
 
 
 if __name__ == "__main__":

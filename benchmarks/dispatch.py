@@ -21,6 +21,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from arguments import positive
+
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 60
 UNROLL = "xla_gpu_command_buffer_unroll_loops"
@@ -166,8 +168,6 @@ def count(gpu: str, chunk: int | None) -> None:
 
 
 def main() -> None:
-    from arguments import positive
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=positive, default=50)
     parser.add_argument("--count", metavar="GPU", help="only count, for a named GPU")

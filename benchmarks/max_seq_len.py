@@ -13,19 +13,16 @@ dated markdown, a CSV and a plot.
 """
 
 import argparse
-import csv
-import datetime
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
+import report
 from arguments import positive
 
 from mst_jax.compile_only import compile_step
@@ -261,48 +258,23 @@ def present_gpu() -> tuple[str, float]:
 
 
 def write(args, kind: str, results: list[dict]) -> None:
-    """Write CSV, markdown and plot."""
-    date = datetime.date.today().isoformat()
-    args.out.mkdir(parents=True, exist_ok=True)
-    # Measured rows get files of their own.
-    stem = args.out / f"max_seq_len-{date}{'-measured' if kind else ''}"
-    columns = list(dict.fromkeys(k for r in results for k in r))
-    with stem.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(results)
-    packages = ("jax", "jaxlib", "flax", "optax")
-    versions = ", ".join(f"{p} {version(p)}" for p in packages)
-    lines = [
-        f"# Longest sequences, {date}",
-        "",
-        f"- Python {platform.python_version()}, {versions}",
-        f"- command: `python {' '.join(sys.argv)}`",
-        "- every parameter trained, batch 1, bf16 weights with stochastic rounding, "
-        "optimizer in the backward pass, gradients clipped by layer; memory in GiB",
-        *[
-            f"- {line}"
-            for how, line in HOW.items()
-            if any(r["how"] == how for r in results)
+    """Write CSV, markdown and plot, and print the markdown."""
+    path = report.write(
+        args.out, "max_seq_len", "Longest sequences", results,
+        gpu=kind or "none",
+        packages=("jax", "jaxlib", "flax", "optax"),
+        notes=[
+            "every parameter trained, batch 1, bf16 weights with stochastic rounding, "
+            "optimizer in the backward pass, gradients clipped by layer; memory in GiB",
+            *[HOW[how] for how in HOW if any(r["how"] == how for r in results)],
+            "fits: device_GiB is at most the budget, host_GiB at most the host's",
         ],
-        *([f"- run on: {kind}"] if kind else []),
-        "- fits: device_GiB is at most the budget, host_GiB at most the host's",
-        "",
-        "| " + " | ".join(columns) + " |",
-        "|" + " --- |" * len(columns),
-    ]
-    lines += [
-        "| " + " | ".join(_cell(r.get(c)) for c in columns) + " |" for r in results
-    ]
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    plot(results, stem.with_suffix(".png"))
-    print("\n".join(lines))
+        suffix="-measured" if kind else "",  # files of their own
+    )  # fmt: skip
+    plot(results, path.with_suffix(".png"))
+    print(path.read_text())
     if any(r.get("fits") != "yes" for r in results):
         raise SystemExit("a row failed, or does not fit")
-
-
-def _cell(value: object) -> str:
-    return "" if value is None else str(value)
 
 
 def plot(results: list[dict], path: Path) -> None:

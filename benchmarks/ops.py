@@ -11,22 +11,19 @@ Writes a dated markdown and a CSV.
 """
 
 import argparse
-import csv
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import numpy as np  # noqa: E402
+import report  # noqa: E402
 from arguments import positive  # noqa: E402
 from op_reference import head_errors, mlp_errors  # noqa: E402
 from op_variants import VARIANTS  # noqa: E402
@@ -261,39 +258,21 @@ def run_row(job, seconds: int) -> dict:
 
 
 def write(args, results: list[dict]) -> None:
-    """Write the CSV and the markdown."""
-    versions = []
-    for package in PACKAGES:
-        try:
-            versions.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            versions.append(f"{package} not installed")
-    devices = sorted({r["device"] for r in results if "device" in r})
-    date = datetime.date.today().isoformat()
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / f"ops-{date}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(results)
-    lines = [
-        f"# The LM head's loss and the gated MLP alone, {date}",
-        "",
-        f"- GPU: {', '.join(devices)}",
-        f"- versions: Python {platform.python_version()}, {', '.join(versions)}",
-        f"- command: `python {' '.join(sys.argv)}`",
-        f"- bf16, D = {args.d_model}, each row a process, median of {args.repeats}",
-        "- both: forward + backward, all gradients; peak: with inputs and gradients; "
-        "TFLOP/s: 3 products of the head, 9 of the MLP (recomputed ones do not count)",
-        f"- errors: relative, against f64, on {args.rows} rows",
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + " --- |" * len(COLUMNS),
-    ]
-    for r in results:
-        cells = [str("" if r.get(c) is None else r[c]) for c in COLUMNS]
-        lines.append("| " + " | ".join(c.replace("|", "/") for c in cells) + " |")
-    (args.out / f"ops-{date}.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    """Write the CSV and the markdown, and print the latter."""
+    path = report.write(
+        args.out, "ops", "The LM head's loss and the gated MLP alone",
+        [{column: row.get(column) for column in COLUMNS} for row in results],
+        gpu=", ".join(sorted({r["device"] for r in results if "device" in r})),
+        packages=PACKAGES,
+        notes=[
+            f"bf16, D = {args.d_model}, each row a process, median of {args.repeats}",
+            "both: forward + backward, all gradients; peak: with inputs and gradients; "
+            "TFLOP/s: 3 products of the head, 9 of the MLP (recomputed ones do not "
+            "count)",
+            f"errors: relative, against f64, on {args.rows} rows",
+        ],
+    )  # fmt: skip
+    print(path.read_text())
 
 
 def fill_in_widths(args) -> None:

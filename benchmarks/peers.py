@@ -13,11 +13,8 @@ a dated markdown, a CSV and a plot.
 """
 
 import argparse
-import csv
-import datetime
 import json
 import os
-import platform
 import queue
 import shutil
 import signal
@@ -26,11 +23,13 @@ import sys
 import tempfile
 import threading
 import time
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from statistics import median
+
+import report
+from arguments import positive
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -245,13 +244,13 @@ def conclusions(rows: list[dict]) -> list[str]:
             continue
         best, peer = max(ours, key=speed), max(peers, key=speed)
         lines.append(
-            f"- {tokens} tokens: {best['entry']} {speed(best)} tokens/s, best peer "
+            f"{tokens} tokens: {best['entry']} {speed(best)} tokens/s, best peer "
             f"{peer['entry']} {speed(peer)}: **{speed(best) / speed(peer):.2f}x**"
         )
         if whole := [r for r in peers if is_checkpointed(r["entry"])]:
             peer = max(whole, key=speed)
             lean = [r for r in ours if r["peak_GiB"] <= peer["peak_GiB"]]
-            text = f"  - best checkpointed peer {peer['entry']} {speed(peer)} tokens/s"
+            text = f"; best checkpointed peer {peer['entry']} {speed(peer)} tokens/s"
             text += f", {peer['peak_GiB']} GiB; "
             if lean:
                 best = max(lean, key=speed)
@@ -259,66 +258,40 @@ def conclusions(rows: list[dict]) -> list[str]:
                 text += f"{speed(best) / speed(peer):.2f}x"
             else:
                 text += "none of ours was run in so little"
-            lines.append(text)
+            lines[-1] += text
     return lines
 
 
-def installed(package: str) -> str:
-    """Return 'package version', or that it is not installed."""
-    try:
-        return f"{package} {version(package)}"
-    except PackageNotFoundError:
-        return f"{package} not installed"
-
-
-def cell(value: object) -> str:
-    """Return a value as a cell of a markdown table."""
-    return str(value).replace("|", "/")
-
-
-def write(args, name: str, results: list[dict]) -> list[dict]:
-    """Write CSV, markdown and plot; return the table's rows."""
+def write(args, name: str, results: list[dict]) -> None:
+    """Write CSV, markdown and plot."""
     rows = table(results)
-    stem = args.out / f"peers-{datetime.date.today().isoformat()}{args.suffix}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(k for r in rows for k in r))
-    columns.sort(key=lambda c: c == "error")
-    with stem.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    versions = [f"Python {platform.python_version()}", *map(installed, PACKAGES)]
-    versions += sorted(
-        {
-            f"{k} {v}"
-            for r in results
-            for k, v in r.get("versions", {}).items()
-            if k not in PACKAGES
-        }
-    )
-    lines = [
-        f"# The peers, whole steps, {datetime.date.today().isoformat()}",
-        "",
-        f"- GPU: {name}; memory budget of every entry: {args.budget:.1f} GiB",
-        f"- versions: {', '.join(versions)}; commit {args.commit}",
-        f"- command: `python {' '.join(sys.argv)}`",
-        f"- {args.preset}, bf16 weights, the same bits in every entry, batch 1, random "
-        f"tokens, {args.optimizer}, learning rate {args.learning_rate}, updated in the "
-        "backward pass; median of the steps after the first",
-        "- peak_GiB: allocated (PyTorch), in use (JAX); pool_GiB: reserved by PyTorch. "
-        "ours_over_it: tokens/s of the fastest of ours at that length over the row's",
-        "- peers' settings: `benchmarks/peers/with_torch.py`. bf16 weights are rounded "
-        "stochastically in ours, to nearest in the peers'; mini-s's gradient of the LM "
-        "head is twice the right one: later losses differ for these reasons",
-        *conclusions(rows),
-        "",
-        "| " + " | ".join(columns) + " |",
-        "|" + " --- |" * len(columns),
-        *["| " + " | ".join(cell(r.get(c, "")) for c in columns) + " |" for r in rows],
-    ]
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    plot(rows, name, stem.with_suffix(".png"))
-    return rows
+    others = {
+        f"{package} {version}"
+        for row in results
+        for package, version in row.get("versions", {}).items()
+        if package not in PACKAGES
+    }
+    said = ", ".join(sorted(others))
+    path = report.write(
+        args.out, "peers", "The peers, whole steps", rows,
+        gpu=f"{name}; memory budget of every entry: {args.budget:.1f} GiB",
+        packages=PACKAGES, commit=args.commit, suffix=args.suffix,
+        notes=[
+            *([f"in the rows' processes: {said}"] if said else []),
+            f"{args.preset}, bf16 weights, the same bits in every entry, batch 1, "
+            f"random tokens, {args.optimizer}, learning rate {args.learning_rate}, "
+            "updated in the backward pass; median of the steps after the first",
+            "peak_GiB: allocated (PyTorch), in use (JAX); pool_GiB: reserved by "
+            "PyTorch. ours_over_it: tokens/s of the fastest of ours at that length "
+            "over the row's",
+            "peers' settings: `benchmarks/peers/with_torch.py`. bf16 weights are "
+            "rounded stochastically in ours, to nearest in the peers'; mini-s's "
+            "gradient of the LM head is twice the right one: later losses differ for "
+            "these reasons",
+            *conclusions(rows),
+        ],
+    )  # fmt: skip
+    plot(rows, name, path.with_suffix(".png"))
 
 
 def plot(rows: list[dict], name: str, path: Path) -> None:
@@ -343,16 +316,7 @@ def plot(rows: list[dict], name: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def commit() -> str:
-    """Return the checkout's commit, or 'unknown'."""
-    query = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(query, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
-
-
 def main() -> None:
-    from arguments import positive
-
     from mst_jax.presets import PRESETS
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -370,7 +334,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3600, help="of the whole run")
     parser.add_argument("--row-seconds", type=float, default=300, help="of one row")
     parser.add_argument("--suffix", default="", help="of the files' names, as -a")
-    parser.add_argument("--commit", default=commit())
+    parser.add_argument("--commit", default=report.checkout())
     args = parser.parse_args()
     args.lengths.sort()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the worker too

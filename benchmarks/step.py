@@ -16,19 +16,18 @@ bf16 weight. Its checkpoint, exported, must be the original's tensors bit for bi
 """
 
 import argparse
-import csv
-import datetime
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import get_args, get_type_hints
+
+import report
+from arguments import positive
 
 ROOT = Path(__file__).resolve().parent.parent
 AFTER = ["--optim.no-in-backward", "--optim.clip", "global"]
@@ -199,8 +198,6 @@ def different(one: Path, other: Path) -> tuple[set[str], int]:
 
 
 def main() -> None:
-    from arguments import positive
-
     from mst_jax.config import PRESETS, OptimConfig
 
     optimizers = get_args(get_type_hints(OptimConfig)["name"])
@@ -246,41 +243,23 @@ def main() -> None:
 
 
 def write(args, results: list[dict], notes: list[str], made: float) -> None:
-    """Write the CSV and the markdown."""
+    """Write the CSV and the markdown, and print the latter."""
     query = "import jax; print(jax.devices()[0].device_kind)"
     device = subprocess.run(
         [sys.executable, "-c", query], capture_output=True, text=True
     ).stdout.strip()
-    versions = ", ".join(
-        f"{p} {version(p)}" for p in ("jax", "jaxlib", "flax", "optax", "transformers")
-    )
-    date = datetime.date.today().isoformat()
-    args.out.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(k for r in results for k in r))
-    with (args.out / f"step-{date}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(results)
-    lines = [
-        f"# Whole training steps, {date}",
-        "",
-        f"- GPU: {device}",
-        f"- versions: Python {platform.python_version()}, {versions}",
-        f"- command: `python {' '.join(sys.argv)}`",
-        f"- model: {args.preset}, random bf16 weights from sharded safetensors, "
-        f"{args.optimizer}, batch 1, median of {args.steps} steps less the first two",
-        *([f"- making the checkpoint: {made:.0f} s"] if made else []),
-        *[f"- {n}" for n in notes],
-        "",
-        "| " + " | ".join(columns) + " |",
-        "|" + " --- |" * len(columns),
-        *[
-            "| " + " | ".join(str(r.get(c, "")) for c in columns) + " |"
-            for r in results
+    path = report.write(
+        args.out, "step", "Whole training steps", results,
+        gpu=device, packages=("jax", "jaxlib", "flax", "optax", "transformers"),
+        notes=[
+            f"model: {args.preset}, random bf16 weights from sharded safetensors, "
+            f"{args.optimizer}, batch 1, median of {args.steps} steps less the first "
+            "two",
+            *([f"making the checkpoint: {made:.0f} s"] if made else []),
+            *notes,
         ],
-    ]
-    (args.out / f"step-{date}.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    )  # fmt: skip
+    print(path.read_text())
     if any("error" in r for r in results):
         raise SystemExit("a row failed")
 

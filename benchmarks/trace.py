@@ -20,16 +20,15 @@ import datetime
 import gzip
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import report
 from trace_events import Account, Limits, account, read_events
 from trace_program import Program
 from trace_rows import row_order
@@ -70,7 +69,8 @@ def trace_steps(args: argparse.Namespace, keep: Path) -> list[Path]:
         "preset": args.preset, "layers": model.num_layers, "plan": args.plan,
         "head_groups": args.head_groups, "prefetch": args.prefetch,
         "implementation": args.implementation,
-        "versions": versions(), "command": f"python {' '.join(sys.argv)}",
+        "versions": report.versions("jax", "jaxlib", "flax", "optax"),
+        "command": f"python {' '.join(sys.argv)}",
     }  # fmt: skip
     print(json.dumps(about), flush=True)
     state: Any = None
@@ -153,13 +153,6 @@ def copy_bandwidth(gib: float) -> float:
         x = add(x)
     jax.block_until_ready(x)
     return copies * 2 * x.nbytes / (time.perf_counter() - began)
-
-
-def versions() -> str:
-    """Return the versions that matter."""
-    packages = ("jax", "jaxlib", "flax", "optax")
-    found = ", ".join(f"{name} {version(name)}" for name in packages)
-    return f"Python {platform.python_version()}, {found}"
 
 
 # --- anywhere ---
