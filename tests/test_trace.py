@@ -96,6 +96,9 @@ HloModule jit_step, is_scheduled=true, entry_computation_layout={{(f32[8]{{0}})-
   %mpmd_map.1 = bf16[{T},{F}]{{1,0}} custom-call(%x, %w_up, %w_up), custom_call_target="mosaic_gpu_v2", metadata={{op_name="{LAYER}/forward/output/mlp/gate_up/mpmd_map"}}, backend_config={{module = "a, (b"}}
   %mpmd_map.2 = f32[{D},{F}]{{1,0}} custom-call(%x, %mpmd_map.1, %wide), custom_call_target="mosaic_gpu_v2", metadata={{op_name="{LAYER}/backward/output/mlp/matmul_tn_add_f32/mpmd_map"}}
   %mpmd_map.3 = bf16[{T},{D}]{{1,0}} custom-call(%mpmd_map.1, %w_up, %x, %w), custom_call_target="mosaic_gpu_v2", metadata={{op_name="{LAYER}/backward/output/mlp/matmul_nt/mpmd_map"}}
+  %statistic = f32[1,{N},{T}]{{2,1,0}} constant({{...}})
+  %dq = f32[1,{T},{N},{H}]{{3,2,1,0}} constant({{...}})
+  %mpmd_map.4 = (bf16[1,{T},{K},{H}]{{3,2,1,0}}, bf16[1,{T},{K},{H}]{{3,2,1,0}}, f32[1,{T},{N},{H}]{{3,2,1,0}}) custom-call(%q, %k, %k, %q, %statistic, /*index=5*/%statistic, %dq), custom_call_target="mosaic_gpu_v2", output_to_operand_aliasing={{{{2}}: (6, {{}})}}, metadata={{op_name="{LAYER}/backward/attention_backward/mpmd_map"}}
   %dynamic_slice_fusion = (bf16[{T},{D}]{{1,0}}, s8[4096]{{0}}) fusion(%both, %i, %w), kind=kCustom, calls=%slice_and_multiply
   %put-start = ((bf16[{L},{T},{D}]{{2,1,0}}, bf16[{T},{D}]{{1,0}}, s32[]), bf16[{L},{T},{D}]{{2,1,0}}, u32[]) fusion-start(%kept, %x, %i), kind=kLoop, calls=%put, metadata={{op_name="{LAYER}/jit(dynamic_update_index_in_dim)/dynamic_update_slice"}}
   %put-done = bf16[{L},{T},{D}]{{2,1,0}} fusion-done(%put-start)
@@ -143,6 +146,11 @@ CASES = {
         # two products into one sum, each as deep as its own operands
         "MLP products, backward", L, 2 * T * D * (F + D),
         BF16 * (T * F + D * F + T * D + D * D + T * D),
+    ),
+    "mpmd_map.4": (
+        # five products of the pairs; dq is read and written in f32
+        "attention, backward", L, 5 * 2 * N * H * PAIRS,
+        BF16 * H * T * (2 * N + 4 * K) + 2 * 4 * N * T * (1 + H),
     ),
     "dynamic_slice_fusion": (
         # of the first operand, the slice; of the scope, the product's
@@ -346,6 +354,8 @@ def test_every_mosaic_kernel_of_a_product_has_its_flops():
     package = BENCHMARKS.parent / "mst_jax" / "ops"
     text = "\n".join(path.read_text() for path in package.rglob("mosaic_gpu.py"))
     names = set(re.findall(r'name="(\w+)", *\n? *(?:tiles|extra|out_type)', text))
-    assert {"gate_up", "gate_up_backward", "logits"} <= names
+    functions = set(re.findall(r"plgpu\.kernel\(\s*(\w+),", text))
+    names |= functions - {"kernel"}  # which takes one of the names above
+    assert {"gate_up", "gate_up_backward", "logits", "attention_backward"} <= names
     unknown = {n for n in names if not n.startswith(tuple(program.PRODUCTS))}
     assert unknown == set()
