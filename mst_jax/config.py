@@ -69,6 +69,10 @@ class DataConfig:
         if self.streaming and not self.source.startswith("hf:"):
             fail(self, "source", "cannot stream: set source='hf:NAME' or no streaming")
 
+    def tokenizer_name(self, init_from: str | None = None) -> str:
+        """Return `tokenizer`, or what None stands for."""
+        return self.tokenizer or init_from or "bytes"
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -273,8 +277,8 @@ class Config:
 
     @property
     def tokenizer(self) -> str:
-        """`data.tokenizer`, or what None stands for."""
-        return self.data.tokenizer or self.init_from or "bytes"
+        """Of the data: its own, that of `init_from`, or 'bytes'."""
+        return self.data.tokenizer_name(self.init_from)
 
     def _check_in_backward(self) -> None:
         if not self.optim.in_backward:

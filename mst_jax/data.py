@@ -82,7 +82,7 @@ def load_data(cfg: DataConfig, vocab_size: int | None) -> Data:
     the documents is held out, one at least; of a single document, its tail.
 
     Args:
-        cfg: source, tokenizer (None is bytes), shape of a batch, and seed.
+        cfg: source, tokenizer (None as for a fresh model), shape of a batch, and seed.
         vocab_size: V of the model, to check the token ids; None checks nothing.
 
     Raises:
@@ -91,7 +91,7 @@ def load_data(cfg: DataConfig, vocab_size: int | None) -> Data:
             vocabulary, too few documents or tokens, or a tokenizer that does not load.
         ImportError: an 'hf:' source without the `datasets` package.
     """
-    encode, num_entries = _load_tokenizer(cfg.tokenizer or "bytes")
+    encode, num_entries = _load_tokenizer(cfg.tokenizer_name())
     stream = enumerate(_documents(cfg, encode, vocab_size))
     head = itertools.islice(stream, _STREAM_HEAD if cfg.streaming else None)
     documents = {row: document for row, document in head if len(document) > 1}
@@ -317,9 +317,9 @@ def _documents(
             if vocab_size is not None and highest >= vocab_size:
                 raise ValueError(
                     f"token id {highest} in document {number} of {cfg.source!r} "
-                    f"(tokenizer={cfg.tokenizer!r}) needs a vocabulary of at least "
-                    f"{highest + 1}, but {vocab_size=}; take the model's own tokenizer "
-                    "or a larger vocab_size"
+                    f"(tokenizer={cfg.tokenizer_name()!r}) needs a vocabulary of at "
+                    f"least {highest + 1}, but {vocab_size=}; take the model's own "
+                    "tokenizer or a larger vocab_size"
                 )
             yield ids
             number += 1

@@ -256,6 +256,13 @@ def test_bad_values_are_named(cls, values, message):
         cls(**values)
 
 
+def test_no_tokenizer_is_the_checkpoints_or_bytes():
+    assert Config(model=TINY).tokenizer == DataConfig().tokenizer_name() == "bytes"
+    assert Config(init_from="somewhere").tokenizer == "somewhere"
+    own = DataConfig(tokenizer="own")
+    assert Config(init_from="somewhere", data=own).tokenizer == "own"
+
+
 def test_in_backward_runs_on_one_device():
     optim = OptimConfig(in_backward=True)
     with pytest.raises(NotImplementedError, match="the mesh has 4"):
