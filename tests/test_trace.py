@@ -352,7 +352,7 @@ def test_a_program_that_xla_compiled():
 def test_every_mosaic_kernel_of_a_product_has_its_flops():
     """A kernel's name that `trace_program` does not know would count as `other`."""
     package = BENCHMARKS.parent / "mst_jax" / "ops"
-    text = "\n".join(path.read_text() for path in package.rglob("mosaic_gpu.py"))
+    text = "\n".join(path.read_text() for path in package.rglob("*.py"))
     names = set(re.findall(r'name="(\w+)", *\n? *(?:tiles|extra|out_type)', text))
     functions = set(re.findall(r"plgpu\.kernel\(\s*(\w+),", text))
     names |= functions - {"kernel"}  # which takes one of the names above
