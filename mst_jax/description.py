@@ -9,10 +9,14 @@ from mst_jax.chunk_loop import loop_chunks
 from mst_jax.compile_cache import CompileCache
 from mst_jax.config import Config, ModelConfig
 from mst_jax.data import Data
-from mst_jax.gradients import layer_chunk_size, make_plan
+from mst_jax.gradients import (
+    attention_implementation,
+    layer_chunk_size,
+    make_plan,
+)
 from mst_jax.metrics import peak_flops
 from mst_jax.mini_sequence import split_length
-from mst_jax.ops import attention, linear_cross_entropy, swiglu
+from mst_jax.ops import linear_cross_entropy, swiglu
 
 LABEL = 12
 """Columns of a line's name."""
@@ -29,26 +33,11 @@ def implementations(cfg: Config, model: ModelConfig) -> dict[str, tuple[str, str
             compute this run; with the way out.
     """
     return {
-        "attention": _attention(cfg, model),
+        "attention": attention_implementation(cfg, model, local_batch(cfg)),
         "head, loss": _head(cfg, model),
         "mlp": _mlp(cfg, model),
         "norm, rope": ("xla", "elementwise, which XLA fuses"),
     }
-
-
-def _attention(cfg: Config, model: ModelConfig) -> tuple[str, str]:
-    batch, heads = local_batch(cfg), model.num_heads // cfg.train.head_groups
-    asked = cfg.train.asked_attention
-    try:
-        return attention.choose_implementation(
-            model.head_size, jnp.dtype(cfg.train.compute_dtype),
-            segmented=cfg.data.packing, sliding_window=model.sliding_window,
-            shape=(batch, cfg.data.seq_len, heads), asked=asked,
-        )  # fmt: skip
-    except NotImplementedError as error:
-        raise NotImplementedError(
-            f"TrainConfig.attention={asked!r}: {error}; set it to 'auto' or 'xla'"
-        ) from None
 
 
 def _head(cfg: Config, model: ModelConfig) -> tuple[str, str]:

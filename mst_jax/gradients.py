@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mst_jax.config import Config, ModelConfig
 from mst_jax.layer import Context, layer_forward
-from mst_jax.ops.attention import find_documents
+from mst_jax.ops.attention import choose_implementation, find_documents
 from mst_jax.ops.linear_cross_entropy import linear_cross_entropy
 from mst_jax.ops.rms_norm import rms_norm
 from mst_jax.ops.rope import rope_tables
@@ -149,6 +149,37 @@ def layer_chunk_size(cfg: Config, model: ModelConfig, batch: int, length: int) -
         return cfg.train.mlp_chunk_size or length
     dtype = jnp.dtype(cfg.train.compute_dtype)
     return min(length, mlp_chunk_size(batch, model.intermediate_size, dtype))
+
+
+def attention_implementation(
+    cfg: Config,
+    model: ModelConfig,
+    batch: int,
+    capability: tuple[int, int] | None = None,
+) -> tuple[str, str]:
+    """Return what computes attention for `batch` sequences on a device, and why.
+
+    Args:
+        cfg, model: the run.
+        batch: sequences of one device.
+        capability: of the GPU, if it is not this machine's.
+
+    Raises:
+        NotImplementedError: it was asked for by name, and cannot; with the way out.
+    """
+    train = cfg.train
+    try:
+        return choose_implementation(
+            model.head_size, jnp.dtype(train.compute_dtype),
+            segmented=cfg.data.packing, sliding_window=model.sliding_window,
+            shape=(batch, cfg.data.seq_len, model.num_heads // train.head_groups),
+            capability=capability, asked=train.asked_attention,
+        )  # fmt: skip
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"TrainConfig.attention={train.attention!r}: {error}; set it to 'auto' or "
+            "'xla'"
+        ) from None
 
 
 @jax.named_scope("embed")

@@ -41,10 +41,13 @@ import jax.numpy as jnp
 
 from mst_jax.config import Config, ModelConfig
 from mst_jax.gpus import Gpu
-from mst_jax.gradients import layer_chunk_size, make_plan
+from mst_jax.gradients import (
+    attention_implementation,
+    layer_chunk_size,
+    make_plan,
+)
 from mst_jax.mini_sequence import split_length
 from mst_jax.ops import linear_cross_entropy, swiglu
-from mst_jax.ops.attention import choose_implementation
 from mst_jax.ops.attention.packed import RATIO
 from mst_jax.optim import is_below
 from mst_jax.plan import LayerGroup, Plan
@@ -72,7 +75,7 @@ class StepMemory:
         self.w = 2 if cfg.optim.param_dtype == "bfloat16" else 4
         # Without bf16 units XLA widens the operands of matrix products.
         self.wide = 4 if not gpu.has_bf16 else self.a
-        self.attention = self._attention_implementation()
+        self.attention, _ = attention_implementation(cfg, model, B, gpu.capability)
         size = split_length(T, layer_chunk_size(cfg, model, B, T))[1]
         self.C, rest = B * size, B * (T % size)
         self.ragged = rest > 0
@@ -98,21 +101,6 @@ class StepMemory:
         other = copy(self)
         other.plan = plan
         return other
-
-    def _attention_implementation(self) -> str:
-        cfg, model, asked = self.cfg, self.model, self.cfg.train.asked_attention
-        try:
-            name, _ = choose_implementation(
-                self.H, jnp.dtype(cfg.train.compute_dtype),
-                segmented=cfg.data.packing, sliding_window=model.sliding_window,
-                shape=(cfg.data.batch_size, self.T, self.N // self.plan.head_groups),
-                capability=self.gpu.capability, asked=asked,
-            )  # fmt: skip
-        except NotImplementedError as error:
-            raise NotImplementedError(
-                f"TrainConfig.attention={asked!r}: {error}"
-            ) from None
-        return name
 
     def _state(self) -> tuple[int, int, int]:
         """Bytes of parameters, of optimizer state on the device and on the host."""

@@ -114,7 +114,8 @@ def test_attention_is_that_of_the_gpu():
         ("a100-80gb", True, "packed"),
     ):
         cfg = config(attention="cudnn", packing=packing)
-        with pytest.raises(NotImplementedError, match=f"attention='cudnn'.*{why}"):
+        text = f"TrainConfig.attention='cudnn': .*{why}.*; set it to 'auto' or 'xla'"
+        with pytest.raises(NotImplementedError, match=text):
             predict(cfg, LLAMA, GPUS[gpu])
 
 
