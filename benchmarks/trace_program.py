@@ -31,8 +31,9 @@ PRODUCTS = {
     # operand is [K, M]); None: one for each pair of operands, less what is added to
     "matmul_nn": (None, False), "matmul_nt": (None, False), "matmul_tn": (None, True),
     "gate_up": (2, False), "logits": (1, False), "gradient_kernel": (0, False),
-    "attention_backward": (0, False),  # see `_pairs_flops`
 }  # fmt: skip
+ATTENTION = {"attention_forward": 2, "attention_backward": 5}
+"""Mosaic kernels of attention: products of the pairs of tokens."""
 
 
 @dataclass(frozen=True)
@@ -284,9 +285,9 @@ class Program:
         return reads + sum(written(i) for i in body if i.is_root)
 
     def _kernel(self, one: Instruction) -> str:
-        """Name of a Mosaic kernel in `PRODUCTS`, or ''."""
+        """Name of a Mosaic kernel in `PRODUCTS` or `ATTENTION`, or ''."""
         parts = one.scope.split("/")[::-1]
-        names = sorted(PRODUCTS, key=len, reverse=True)
+        names = sorted(PRODUCTS | ATTENTION, key=len, reverse=True)
         return next((n for part in parts for n in names if part.startswith(n)), "")
 
     def _flops(self, one: Instruction) -> int:
@@ -297,8 +298,9 @@ class Program:
             dims = re.search(r'lhs_contracting_dimensions":\s*\[([\d", ]*)\]', one.rest)
         elif one.target.startswith("__cudnn$fmha"):
             return _attention_flops(one, operands[0].shapes[0].dims)
-        elif "mosaic" in one.target and self._kernel(one) == "attention_backward":
-            return _pairs_flops(operands[0].shapes[0].dims, 5, causal=True)
+        elif "mosaic" in one.target and self._kernel(one) in ATTENTION:
+            products = ATTENTION[self._kernel(one)]
+            return _pairs_flops(operands[0].shapes[0].dims, products, causal=True)
         elif "mosaic" in one.target and self._kernel(one):
             products, depth_first = PRODUCTS[self._kernel(one)]
             pairs = operands[: 2 * (len(operands) // 2)]

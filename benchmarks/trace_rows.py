@@ -23,6 +23,7 @@ ELEMENTWISE = {
     "head": "loss statistics and gradient",
     "embed": "embedding",
     "gradient_norm": "gradient norm",
+    "attention": "attention",
     "output": "residual and gradient sums",
     "qkv": "residual and gradient sums",
 }
@@ -76,7 +77,8 @@ def row_of(
 
     if crosses:
         return HOST
-    if any("fmha" in target for target in targets) or "attention_backward" in kernels:
+    ours = any(kernel.startswith("attention_") for kernel in kernels)
+    if ours or any("fmha" in target for target in targets):
         return by_pass("attention")
     if targets:
         scope = _first(PRODUCTS, names, innermost=True)

@@ -214,15 +214,18 @@ def test_cudnn_window_is_that_of_xla(window):
     assert max(errors(got, want)) < 1e-2  # both are within 5e-3 of f32
 
 
-def test_cudnn_is_what_runs():
-    name, why = choose_implementation(64, jnp.bfloat16, segmented=False)
-    assert name == "cudnn", why
-    name, why = choose_implementation(128, jnp.bfloat16, segmented=False)
-    assert name == ("cudnn" if obstacle() or device_obstacle() else "mosaic_gpu"), why
-    args, d_out = make_attention(LENGTHS[0])
+@pytest.mark.parametrize("H", [64, 128])
+def test_what_runs(H):
+    kernels = H == 128 and not (obstacle() or device_obstacle())
+    args = [a[..., :H] for a in make_attention(LENGTHS[0])[0]]
     for ids in (None, documents(LENGTHS[0], 1000)):
+        segmented = ids is not None
+        name, why = choose_implementation(H, jnp.bfloat16, segmented=segmented)
+        assert name == ("mosaic_gpu" if kernels else "cudnn"), why
         fn = jax.jit(partial(attention, segment_ids=ids))
-        assert "cudnn$fmha" in fn.lower(*args).compile().as_text()
+        text = fn.lower(*args).compile().as_text()
+        assert ("attention_forward" in text) == kernels
+        assert ("cudnn$fmha" in text) != kernels
 
 
 def test_swiglu_at_8b_width():

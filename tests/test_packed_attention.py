@@ -234,7 +234,7 @@ def test_find_documents(monkeypatch, T, ratio):
     lengths = packed.level_lengths(T, ratio, 8)
     documents = packed.find_documents(jnp.asarray(ids))
     width = lengths[0]
-    _, level, slot, inside, starts, sizes, _ = map(np.asarray, documents)
+    _, level, slot, inside, starts, sizes, *_ = map(np.asarray, documents)
     want = {i: [] for i in range(len(lengths))}
     for r, row in enumerate(ids):
         for t in range(width):
@@ -290,7 +290,7 @@ def test_a_level_holds_every_packing(monkeypatch):
         ids = jnp.asarray(row(*[each] * most, padding=256 - most * each)[None])
         documents = packed.find_documents(ids)
         own, (starts, sizes, L) = packed._segments(documents, level, 1, lengths)
-        assert L == size and bool(documents.regular)
+        assert L == size and bool(documents.held)
         assert own.sum() == most * each
         np.testing.assert_array_equal(starts[:most], np.arange(most) * each)
         np.testing.assert_array_equal(sizes[:most], each)

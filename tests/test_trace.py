@@ -99,6 +99,7 @@ HloModule jit_step, is_scheduled=true, entry_computation_layout={{(f32[8]{{0}})-
   %statistic = f32[1,{N},{T}]{{2,1,0}} constant({{...}})
   %dq = f32[1,{T},{N},{H}]{{3,2,1,0}} constant({{...}})
   %mpmd_map.4 = (bf16[1,{T},{K},{H}]{{3,2,1,0}}, bf16[1,{T},{K},{H}]{{3,2,1,0}}, f32[1,{T},{N},{H}]{{3,2,1,0}}) custom-call(%q, %k, %k, %q, %statistic, /*index=5*/%statistic, %dq), custom_call_target="mosaic_gpu_v2", output_to_operand_aliasing={{{{2}}: (6, {{}})}}, metadata={{op_name="{LAYER}/backward/attention_backward/mpmd_map"}}
+  %mpmd_map.5 = (bf16[1,{T},{N},{H}]{{3,2,1,0}}, f32[1,{N},{T}]{{2,1,0}}) custom-call(%q, %k, %k), custom_call_target="mosaic_gpu_v2", metadata={{op_name="{LAYER}/backward/recompute/attention_forward/mpmd_map"}}
   %dynamic_slice_fusion = (bf16[{T},{D}]{{1,0}}, s8[4096]{{0}}) fusion(%both, %i, %w), kind=kCustom, calls=%slice_and_multiply
   %put-start = ((bf16[{L},{T},{D}]{{2,1,0}}, bf16[{T},{D}]{{1,0}}, s32[]), bf16[{L},{T},{D}]{{2,1,0}}, u32[]) fusion-start(%kept, %x, %i), kind=kLoop, calls=%put, metadata={{op_name="{LAYER}/jit(dynamic_update_index_in_dim)/dynamic_update_slice"}}
   %put-done = bf16[{L},{T},{D}]{{2,1,0}} fusion-done(%put-start)
@@ -151,6 +152,10 @@ CASES = {
         # five products of the pairs; dq is read and written in f32
         "attention, backward", L, 5 * 2 * N * H * PAIRS,
         BF16 * H * T * (2 * N + 4 * K) + 2 * 4 * N * T * (1 + H),
+    ),
+    "mpmd_map.5": (
+        "attention, recompute", L, 2 * 2 * N * H * PAIRS,
+        BF16 * H * T * (2 * N + 2 * K) + 4 * N * T,
     ),
     "dynamic_slice_fusion": (
         # of the first operand, the slice; of the scope, the product's
@@ -357,5 +362,9 @@ def test_every_mosaic_kernel_of_a_product_has_its_flops():
     functions = set(re.findall(r"plgpu\.kernel\(\s*(\w+),", text))
     names |= functions - {"kernel"}  # which takes one of the names above
     assert {"gate_up", "gate_up_backward", "logits", "attention_backward"} <= names
-    unknown = {n for n in names if not n.startswith(tuple(program.PRODUCTS))}
+    unknown = {
+        n
+        for n in names
+        if not n.startswith(tuple(program.PRODUCTS | program.ATTENTION))
+    }
     assert unknown == set()

@@ -34,15 +34,14 @@ def attention(
         causal: whether a token sees only itself and those before it.
         sliding_window: number of tokens that a token sees to its left, itself
             included (and to its right, if not causal).
-        segment_ids: [B, T]; tokens see only those with their own id. 'cudnn' is at its
-            best with ids that rise along a row, or fall to 0 at its end (padding); a
-            batch with others, or with very many documents of a few tokens, is right,
-            but computed as 'xla' does (see `packed`). `find_documents` of them does
-            once what every call needs of them.
+        segment_ids: [B, T]; tokens see only those with their own id. Unless ids rise
+            along a row, or fall to 0 at its end (padding), a batch is computed as 'xla'
+            does; with 'cudnn' also one with very many documents of a few tokens (see
+            `packed`). `find_documents` does once what every call needs of them.
         softcap: scores become cap * tanh(scores / cap).
-        implementation: 'cudnn'; 'mosaic_gpu', the same with a backward pass of our own
-            on Hopper, whose last bits of dq differ from run to run; 'xla'; or None for
-            the first that can here (see `choose_implementation`).
+        implementation: 'mosaic_gpu', kernels of our own for Hopper, whose last bits of
+            dq differ from run to run; 'cudnn'; 'xla'; or None for the first that can
+            here (see `choose_implementation`).
 
     Raises:
         ValueError: shapes that do not fit, a softcap or window that is not positive.
@@ -122,7 +121,7 @@ def _choose(q, k, v, causal, sliding_window, segment_ids, softcap, implementatio
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(how: _How, q, k, v, segment_ids) -> Any:
-    if how.implementation != "xla" and segment_ids is None:
+    if how.implementation == "cudnn" and segment_ids is None:
         return cudnn.forward_only(q, k, v, causal=how.causal, window=how.window)
     return _forward(how, q, k, v, segment_ids)[0]
 
@@ -130,10 +129,13 @@ def _attention(how: _How, q, k, v, segment_ids) -> Any:
 def _forward(how: _How, q, k, v, segment_ids) -> tuple[jax.Array, jax.Array]:
     options = {"causal": how.causal, "window": how.window}
     ids, documents = both_forms(segment_ids)
+    kernel = how.implementation == "mosaic_gpu"
     if how.implementation == "xla":
         return xla.flash_forward(q, k, v, ids, softcap=how.softcap, **options)
     if documents is not None:
-        return packed.forward(q, k, v, documents, **options)
+        return packed.forward(q, k, v, documents, kernel=kernel, **options)
+    if kernel and mosaic_gpu.REGISTERS_MOVE:  # else cuDNN's is faster
+        return mosaic_gpu.flash_forward(q, k, v, window=how.window)
     return cudnn.flash_forward(q, k, v, **options)
 
 
@@ -146,14 +148,15 @@ def _backward(how: _How, residuals, d_out):
     q, k, v, segment_ids, out, lse = residuals
     options = {"causal": how.causal, "window": how.window}
     ids, documents = both_forms(segment_ids)
+    kernel = how.implementation == "mosaic_gpu"
     if how.implementation == "xla":
         dq, dk, dv = xla.flash_backward(
             q, k, v, ids, out, lse, d_out, softcap=how.softcap, **options
         )
     elif documents is not None:
-        options["kernel"] = how.implementation == "mosaic_gpu"
-        dq, dk, dv = packed.backward(q, k, v, documents, out, lse, d_out, **options)
-    elif how.implementation == "mosaic_gpu":
+        arrays = q, k, v, documents, out, lse, d_out
+        dq, dk, dv = packed.backward(*arrays, kernel=kernel, **options)
+    elif kernel:
         arrays = q, k, v, out, lse, d_out
         dq, dk, dv = mosaic_gpu.flash_backward(*arrays, window=how.window)
     else:
@@ -211,7 +214,7 @@ def _first(q, mask: _Mask, capability) -> tuple[str, str]:
     for name in IMPLEMENTATIONS:
         obstacle = _obstacle(name, q, mask, capability)
         if obstacle is None and name == "mosaic_gpu":
-            obstacle = mosaic_gpu.not_by_default(q.shape[1], masked=mask != _Mask())
+            obstacle = mosaic_gpu.not_by_default(q, **vars(mask))
         if obstacle is None:
             return name, why
         why = f"not {name}: {obstacle}"
@@ -222,16 +225,13 @@ def _obstacle(name: str, q, mask: _Mask, capability, *, anywhere=False) -> str |
     """Return why an implementation cannot on such a GPU, or not `anywhere`, or None."""
     if name == "xla":
         return None
-    reason = cudnn.obstacle(q, **vars(mask))  # its forward pass is every kernel's
-    if name == "mosaic_gpu":
-        reason = reason or mosaic_gpu.obstacle(q, mask.causal, mask.softcap)
+    kernels = mosaic_gpu if name == "mosaic_gpu" else cudnn
+    reason = kernels.obstacle(q, **vars(mask))
     if reason or anywhere:
         return reason
     if capability is None:
         return f"there is no GPU ({jax.default_backend()})"
-    if name == "mosaic_gpu" and (reason := mosaic_gpu.device_obstacle(capability)):
-        return reason
-    return cudnn.device_obstacle(capability, q.shape[-1], segmented=mask.segmented)
+    return kernels.device_obstacle(capability, q.shape[-1], segmented=mask.segmented)
 
 
 def _capability() -> tuple[int, int] | None:

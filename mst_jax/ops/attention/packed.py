@@ -1,14 +1,16 @@
-"""Packed documents on cuDNN: each one costs what its own length costs.
+"""Packed documents: each one costs what its own length costs.
 
-cuDNN takes documents as offsets and lengths. A call is compiled for S documents of at
-most L tokens, and its memory grows as S L whatever they are. So there is a call for
-each of a few levels of length, L_j = T / r^j: of n tokens fewer than S_j = r^(j + 1) B
-= r n / L_j documents can be longer than L_(j+1). Level j runs those of L_(j+1) < length
-<= L_j, and S_j L_j is r n at every level; a level without documents does not run. The
-last level has no such bound for its short documents: a batch with more than S of them,
-and one whose ids do not rise, run on XLA flash instead, in a branch of the program.
+Hopper's own kernels take documents as they are; cuDNN takes offsets and lengths. A call
+of it is compiled for S documents of at most L tokens, and its memory grows as S L
+whatever they are. So there is a call for each of a few levels of length, L_j = T / r^j:
+of n tokens fewer than S_j = r^(j + 1) B = r n / L_j documents can be longer than
+L_(j+1). Level j runs those of L_(j+1) < length <= L_j, and S_j L_j is r n at every
+level; a level without documents does not run. The last level has no such bound for its
+short documents: a batch with more than S of them runs on XLA flash instead, in a branch
+of the program. So does, whatever the kernel, one whose ids do not rise.
 
-Memory, beside a dense call's: r times its workspace, and out (or dq, dk, dv) twice.
+Memory of the levels, beside a dense call's: r times its workspace, and out (or dq, dk,
+dv) twice.
 """
 
 from typing import Any, NamedTuple
@@ -40,6 +42,8 @@ class Documents(NamedTuple):
     sizes: jax.Array
     """Int, their tokens; 0 where there is none."""
     regular: jax.Array
+    """Bool, whether no document comes back."""
+    held: jax.Array
     """Bool, whether the levels hold all documents."""
 
 
@@ -77,8 +81,10 @@ def find_documents(ids: jax.Array) -> Documents:
     target = jnp.where(first & fits & (level >= 0), bases[level] + slot, total)
     starts = jnp.full(total, t.size).at[target].set(t, mode="drop")
     sizes = jnp.zeros_like(starts).at[target].set(size, mode="drop")
-    regular = fits.all() & _rises(ids)
-    return Documents(ids, level, slot, t - start, starts, sizes, regular)
+    inside = t - start
+    return Documents(
+        ids, level, slot, inside, starts, sizes, regular=_rises(ids), held=fits.all()
+    )
 
 
 def _rises(ids):
@@ -94,8 +100,12 @@ def _capacity(B, lengths, level):
     return RATIO * B * lengths[0] // lengths[level]
 
 
-def forward(q, k, v, documents: Documents, *, causal, window):
-    """Return (out, logsumexp) as `cudnn.flash_forward`, each document for itself."""
+def forward(q, k, v, documents: Documents, *, causal, window, kernel=False):
+    """Return (out, logsumexp) as `cudnn.flash_forward`, each document for itself.
+
+    `kernel`: whether this package's own kernel, which needs no levels, takes their
+    place. It is causal.
+    """
     B, T, N, _ = q.shape
     lengths = level_lengths(T, RATIO, SMALLEST)
     options = {"causal": causal, "window": window}
@@ -116,21 +126,22 @@ def forward(q, k, v, documents: Documents, *, causal, window):
         out, lse = _for_levels(documents, lengths, one_level, empty, q, k, v)
         return out[:, :T], lse[..., :T]
 
+    def by_kernel(*arrays):
+        ids = documents.ids
+        return mosaic_gpu.flash_forward(*arrays, segment_ids=ids, window=window)
+
     def by_blocks(q, k, v):
         return xla.flash_forward(q, k, v, documents.ids, softcap=None, **options)
 
+    ways = by_kernel if kernel else by_level, by_blocks
     shapes = q.shape, (B, N, T)
-    return _either(documents.regular, by_level, by_blocks, (q, k, v), shapes)
+    return _either(_is_regular(documents, kernel), *ways, (q, k, v), shapes)
 
 
 def backward(
     q, k, v, documents: Documents, out, lse, d_out, *, causal, window, kernel=False
 ):
-    """Return (dq, dk, dv) from what `forward` took and returned.
-
-    `kernel`: whether this package's own kernel, which needs no levels, takes their
-    place. It is causal.
-    """
+    """Return (dq, dk, dv) from what `forward` took and returned; `kernel` as there."""
     B, T, N, _ = q.shape
     lengths = level_lengths(T, RATIO, SMALLEST)
     options = {"causal": causal, "window": window}
@@ -168,9 +179,13 @@ def backward(
             q, k, v, documents.ids, out, lse, d_out, softcap=None, **options
         )
 
-    regularly = by_kernel if kernel else by_level
+    ways = by_kernel if kernel else by_level, by_blocks
     arrays, shapes = (q, k, v, out, lse, d_out), (q.shape, k.shape, v.shape)
-    return _either(documents.regular, regularly, by_blocks, arrays, shapes)
+    return _either(_is_regular(documents, kernel), *ways, arrays, shapes)
+
+
+def _is_regular(documents, kernel):
+    return documents.regular if kernel else documents.regular & documents.held
 
 
 def _either(regular, regularly, by_blocks, arrays, shapes):

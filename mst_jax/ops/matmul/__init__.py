@@ -7,6 +7,7 @@ from mst_jax.ops.matmul.mosaic_gpu import (
     device_obstacle,
     in_place,
     matmul,
+    num_sms,
     obstacle,
     tiled_matmul,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "device_obstacle",
     "in_place",
     "matmul",
+    "num_sms",
     "obstacle",
     "pallas",
     "part_columns",

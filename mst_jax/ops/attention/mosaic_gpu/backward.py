@@ -22,7 +22,6 @@ The sums of dq come in no fixed order: its last bits differ from run to run.
 """
 
 import math
-import os
 from functools import partial
 
 import jax
@@ -30,7 +29,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from mst_jax.ops import matmul as mm
-from mst_jax.ops.matmul import device_obstacle as device_obstacle
+from mst_jax.ops.attention.mosaic_gpu.limits import (
+    COMPUTE_REGISTERS,
+    LOAD_REGISTERS,
+    REGISTERS_MOVE,
+)
 
 QUERIES = 64
 """Of a step."""
@@ -38,53 +41,10 @@ ROWS = 64
 """Keys of a warpgroup."""
 KEYS = 2 * ROWS
 """Keys of a thread block."""
-REGISTERS_MOVE = jax.__version_info__ < (0, 12)
-"""Whether `setmaxnreg` does something: JAX 0.12 assembles kernels in NVIDIA's linker,
-which ignores it."""
-LOAD_REGISTERS, COMPUTE_REGISTERS = 24, 240
-"""Of a thread, while three warpgroups share 65,536."""
-SHORT = 8192
-"""The most tokens of a row at which two warpgroups are known to be faster than cuDNN;
-at 32,768 they are 1% slower."""
 LOG2_E = math.log2(math.e)
-DETERMINISTIC = "xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops"
-"""XLA's flags for runs that repeat to the last bit."""
 
 
-def obstacle(
-    q: jax.Array | jax.ShapeDtypeStruct, causal: bool, softcap: float | None
-) -> str | None:
-    """Return why the kernel cannot compute the backward pass for q, or None."""
-    if reason := mm.obstacle():
-        return reason
-    if q.dtype != jnp.bfloat16:
-        return f"takes bfloat16, not {q.dtype}"
-    if q.shape[-1] != 128:
-        return f"head size {q.shape[-1]} is not 128"
-    if q.shape[1] % 8:
-        return f"T={q.shape[1]} is no multiple of 8"
-    if math.prod(q.shape) >= 2**31:
-        return f"q of {q.shape} has 2^31 elements, of which it was not tested"
-    if softcap or not causal:
-        return "is causal and has no softcap"
-    flags = os.environ.get("XLA_FLAGS", "")
-    if any(f"{flag}=true" in flags for flag in DETERMINISTIC):
-        return "adds up dq in no fixed order, and XLA_FLAGS ask for one"
-    return None
-
-
-def not_by_default(T: int, *, masked: bool) -> str | None:
-    """Return why cuDNN is chosen where the kernel could run too, or None.
-
-    `masked`: whether there are documents or a window.
-    """
-    if masked:
-        return "with documents or a window it was not timed"
-    if not REGISTERS_MOVE and T > SHORT:
-        return f"on JAX 0.12 it is faster than cuDNN only up to {SHORT} tokens, T={T}"
-    return None
-
-
+@jax.named_scope("attention")
 def flash_backward(q, k, v, out, lse, d_out, *, segment_ids=None, window=None):
     """Return (dq, dk, dv) of causal attention; a block costs the pairs that it has.
 
@@ -99,7 +59,9 @@ def flash_backward(q, k, v, out, lse, d_out, *, segment_ids=None, window=None):
         window: tokens that a token sees to its left, itself included; or None.
     """
     B, T, _, H = q.shape
-    delta = jnp.einsum("BTNH,BTNH->BNT", out, d_out, preferred_element_type=jnp.float32)
+    # Not as a dot: XLA would turn a stack that `out` is in to heads first for it.
+    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
+    delta = delta.swapaxes(1, 2)
     # A block of keys walks whole blocks of queries: exp(0 - inf) = 0 beyond the end.
     pad = ((0, 0), (0, 0), (0, -T % KEYS))
     lse = jnp.pad(lse * LOG2_E, pad, constant_values=jnp.inf)

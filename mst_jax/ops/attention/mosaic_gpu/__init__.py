@@ -1,0 +1,19 @@
+"""Causal attention as two Mosaic GPU kernels, for Hopper."""
+
+from mst_jax.ops.attention.mosaic_gpu.backward import flash_backward
+from mst_jax.ops.attention.mosaic_gpu.forward import flash_forward
+from mst_jax.ops.attention.mosaic_gpu.limits import (
+    REGISTERS_MOVE,
+    device_obstacle,
+    not_by_default,
+    obstacle,
+)
+
+__all__ = [
+    "REGISTERS_MOVE",
+    "device_obstacle",
+    "flash_backward",
+    "flash_forward",
+    "not_by_default",
+    "obstacle",
+]

@@ -1,0 +1,53 @@
+"""What the kernels can compute, on which GPU, and where they are the best choice."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+
+from mst_jax.ops import matmul as mm
+
+REGISTERS_MOVE = jax.__version_info__ < (0, 12)
+"""Whether `setmaxnreg` does something: JAX 0.12 assembles kernels in NVIDIA's linker,
+which ignores it. Without it the forward pass is slower than cuDNN's, but for
+documents."""
+LOAD_REGISTERS, COMPUTE_REGISTERS = 24, 240
+"""Of a thread, while three warpgroups share 65,536."""
+SHORT = 8192
+"""The most tokens that a token sees at which the backward pass is known to be faster
+than cuDNN's where registers do not move; at 16,384 it is 3% slower."""
+DETERMINISTIC = "xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops"
+"""XLA's flags for runs that repeat to the last bit."""
+
+
+def obstacle(q, *, causal, window, segmented, softcap) -> str | None:
+    """Return why the kernels cannot compute attention of such a q, or None."""
+    if reason := mm.obstacle():
+        return reason
+    if q.dtype != jnp.bfloat16:
+        return f"takes bfloat16, not {q.dtype}"
+    if q.shape[-1] != 128:
+        return f"head size {q.shape[-1]} is not 128"
+    if q.shape[1] % 8:
+        return f"T={q.shape[1]} is no multiple of 8"
+    if softcap or not causal:
+        return "is causal and has no softcap"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if any(f"{flag}=true" in flags for flag in DETERMINISTIC):
+        return "adds up dq in no fixed order, and XLA_FLAGS ask for one"
+    return None
+
+
+def not_by_default(q, *, window, segmented, **_) -> str | None:
+    """Return why cuDNN is chosen where the kernels could run too, or None."""
+    T = q.shape[1]
+    if not REGISTERS_MOVE and not segmented and min(T, window or T) > SHORT:
+        return f"on JAX 0.12 it is faster than cuDNN only up to {SHORT} tokens, T={T}"
+    return None
+
+
+def device_obstacle(
+    capability: tuple[int, int], head_size: int, *, segmented: bool
+) -> str | None:
+    """Return why a GPU of this compute capability cannot run the kernels, or None."""
+    return mm.device_obstacle(capability)
