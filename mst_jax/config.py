@@ -179,9 +179,9 @@ class TrainConfig:
     loss_chunk_size: int | None = None
     """Tokens of an LM-head chunk; None picks from a byte budget."""
     attention: Literal["auto", "mosaic_gpu", "cudnn", "xla"] = "auto"
-    """What computes attention: 'cudnn', its kernels; 'mosaic_gpu', the same with this
-    package's Hopper kernel for the backward pass; 'xla', flash attention in XLA's
-    products; 'auto' takes the fastest that can run, as far as it was timed."""
+    """What computes attention: 'mosaic_gpu', this package's Hopper kernels; 'cudnn',
+    NVIDIA's; 'xla', flash attention in XLA's products; 'auto' takes the fastest that
+    can run, as far as it was timed."""
     implementation: Literal["auto", "xla", "mosaic_gpu"] = "auto"
     """What computes the chunks of the MLP and the LM head: XLA's matrix products or
     this package's Hopper kernels; 'auto' takes the kernels where they can run."""

@@ -3,7 +3,7 @@
 Memory is `step_memory.py`'s. Time is the sum of matrix products, attention, kernels
 bound by memory, and the host link; nothing overlaps but the stores to the host, and
 the loads with `prefetch`. The shares of the GPU's peak are those of Llama3-8B's steps
-on an H200: with them the 18 measured ones of 8,192 to 65,536 tokens (docs/benchmarks)
+on an H200: with them the 27 measured ones of 8,192 to 131,072 tokens (docs/benchmarks)
 come out within 3%. Other GPUs are assumed to reach the same shares. XLA's flash
 attention (`train.attention`, T4, packed documents below Hopper) is taken to be bound by
 the memory traffic of its scores. A packed row counts as one document.
@@ -19,11 +19,11 @@ from mst_jax.step_memory import WORKSPACE, StepMemory
 GIB = 2**30
 MATMUL, MATMUL_KERNELS = 0.70, 0.725
 """Share of the peak in matrix products: 690 TFLOP/s of 989, 717 with the kernels."""
-ATTENTION_FORWARD = 0.58, 1000
-ATTENTION_BACKWARD = {"cudnn": (0.53, 2200), "mosaic_gpu": (0.535, 1500)}
-"""(share, short) of attention: share * T / (T + short); cuDNN in a step 565 and 507
-TFLOP/s at 65,536 tokens, 511 and 413 at 8,192. The kernel's are cuDNN's times what a
-call alone gains at 8,192 and 32,768 tokens, less beyond."""
+ATTENTION_FORWARD = {"cudnn": (0.58, 1000), "mosaic_gpu": (0.595, 750)}
+ATTENTION_BACKWARD = {"cudnn": (0.53, 2200), "mosaic_gpu": (0.54, 900)}
+"""(share, short) of attention: share * T / (T + short). In a step at 65,536 tokens
+cuDNN 565 TFLOP/s forward and 507 back, the kernels 587 and 533; at 8,192 cuDNN 511 and
+413, the kernels 539 and 488."""
 BANDWIDTH = 0.9
 """Share of the memory's bandwidth: 4.3 TB/s of 4.8."""
 
@@ -229,7 +229,7 @@ class _Time:
             scores = self._memory(pairs * s.N * 4 * (6 * forward + 15 * backward))
             flops = pairs * s.NH * (4 * forward + 10 * backward)
             return scores + flops / (MATMUL * gpu.peak)
-        back = ATTENTION_BACKWARD[s.attention]
-        passes = (4 * forward, ATTENTION_FORWARD), (10 * backward, back)
+        rates = ATTENTION_FORWARD[s.attention], ATTENTION_BACKWARD[s.attention]
+        passes = zip((4 * forward, 10 * backward), rates, strict=True)
         flops = sum(n * (1 + short / s.T) / share for n, (share, short) in passes)
         return pairs * s.NH * flops / gpu.peak
