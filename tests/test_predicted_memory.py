@@ -71,7 +71,11 @@ def test_components_add_up():
 def test_each_attention_has_its_own_buffers():
     dense, blocks, packed = (
         predict(config(plan="save_attention", **how), LLAMA, H200)
-        for how in ({"attention": "cudnn"}, {"attention": "xla"}, {"packing": True})
+        for how in (
+            {"attention": "cudnn"},
+            {"attention": "xla"},
+            {"attention": "cudnn", "packing": True},
+        )
     )
     token = 65536 * 4096
     workspaces = [p.phases["attention"][WORKSPACE] for p in (dense, blocks, packed)]
@@ -101,7 +105,7 @@ def test_the_kernel_has_sums_in_f32_in_place_of_a_workspace():
 
 def test_attention_is_that_of_the_gpu():
     for gpu, how, on_cudnn in (
-        ("h200", {"attention": "cudnn"}, True), ("h200", {"packing": True}, True),
+        ("h200", {"attention": "cudnn"}, True), ("b200", {"packing": True}, True),
         ("h200", {"attention": "xla"}, False), ("a100-80gb", {}, True),
         ("a100-80gb", {"packing": True}, False), ("t4", {}, False),
         ("h200", {"compute_dtype": "float32"}, False),
@@ -264,8 +268,13 @@ def test_more_than_one_device_is_refused():
                 plan="24 save=input+attention every=4; 8 offload=input save=attention",
             ),
         ),
-        ("h200", config(131072, plan="offload", packing=True)),
-        ("h200", config(65536, plan="offload", packing=True, head_groups=2)),
+        ("h200", config(131072, plan="offload", packing=True, attention="cudnn")),
+        (
+            "h200",
+            config(
+                65536, plan="offload", packing=True, attention="cudnn", head_groups=2
+            ),
+        ),
         (
             "a100-40gb",
             config(

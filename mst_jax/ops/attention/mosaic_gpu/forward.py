@@ -103,7 +103,10 @@ def _kernel(q, k, v, *seen):
         q_gmem, k_gmem, v_gmem, *seen_gmems, out_gmem, lse_gmem = gmems
 
         def for_tiles(body):
-            """Fold body(number of tiles before, first step, tile) -> next step."""
+            """Run body(tiles before, steps before, *tile) on each tile of the cluster.
+
+            Return the steps of all of them.
+            """
 
             @plgpu.nd_loop(
                 (num_tiles,), collective_axes="clusters", init_carry=jnp.int32(0)
@@ -285,12 +288,8 @@ def _kernel(q, k, v, *seen):
                         m, p = softmax(mask_if_cut(s, t + 1), m)
                         scale = jnp.exp2(old - m)
                         total = total * scale + p.sum(axis=1)
-                        return (
-                            out * by_query(scale, H),
-                            m,
-                            total,
-                            p.astype(jnp.bfloat16),
-                        )
+                        out = out * by_query(scale, H)
+                        return out, m, total, p.astype(jnp.bfloat16)
 
                     plgpu.barrier_wait(q_loaded)
                     s = pl.run_scoped(first_s, plgpu.ACC(shape, jnp.float32))
