@@ -179,24 +179,24 @@ def test_packed_attention_is_that_of_xla(T, window, head_size):
     assert max(errors(run("cudnn"), run("xla"))) < 1e-2  # both are within 5e-3 of f32
 
 
-def test_packed_documents_cost_what_their_lengths_cost():
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "cudnn"])
+def test_packed_documents_cost_what_their_lengths_cost(implementation):
     T = 32768
     args, d_out = make_attention(T)
 
     @jax.jit
     def step(args, d_out, segment_ids):
-        fn = partial(attention, segment_ids=segment_ids, implementation="cudnn")
+        fn = partial(attention, segment_ids=segment_ids, implementation=implementation)
         return jax.vjp(fn, *args)[1](d_out)
 
     def seconds(segment_ids):
-        jax.block_until_ready(step(args, d_out, segment_ids))
         began = time.perf_counter()
-        for _ in range(5):
-            out = step(args, d_out, segment_ids)
-        jax.block_until_ready(out)
+        jax.block_until_ready(step(args, d_out, segment_ids))
         return time.perf_counter() - began
 
-    one, two = seconds(documents(T, T)), seconds(documents(T, T // 2, T // 2))
+    rows = documents(T, T), documents(T, T // 2, T // 2)
+    rounds = [[seconds(ids) for ids in rows] for _ in range(11)]
+    one, two = map(min, zip(*rounds[1:], strict=True))  # the first compiles
     assert two < 0.6 * one, (two, one)
 
 
