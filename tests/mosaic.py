@@ -28,6 +28,17 @@ needs_pallas = pytest.mark.skipif(
 )
 
 
+def sometimes(cases, always):
+    """Cases for parametrize: the default suite has those in `always` only.
+
+    In the interpreter each takes seconds, so the others have the marker `interpreted`.
+    """
+    marker = pytest.mark.interpreted
+    return [
+        pytest.param(*case, marks=() if case in always else marker) for case in cases
+    ]
+
+
 def jit_reference(fn, **options):
     """Jit a reference in f32: on a GPU its matrix products are cuBLAS's.
 

@@ -37,6 +37,8 @@ ROOT = Path(__file__).parent.parent
 LLAMA, SMALL = PRESETS["llama3_8b"], PRESETS["llama32_1b"]
 H200 = GPUS["h200"]
 ADAMW_8 = {"name": "adamw", "moment_dtype": "int8"}
+# A search makes 100,000 calls, and checking their annotations is most of its time.
+search = pytest.mark.usefixtures("untyped")
 
 
 def config(tokens=65536, *, model=LLAMA, optim=None, packing=False, **train):
@@ -53,6 +55,7 @@ def config(tokens=65536, *, model=LLAMA, optim=None, packing=False, **train):
 # --- plans ---
 
 
+@search
 def test_long_packed_rows_take_head_groups_for_cudnn():
     # 2**31 elements of q for one group: offsets are 32 bits.
     for asked, groups in (("cudnn", 2), ("auto", 1)):
@@ -66,6 +69,7 @@ def test_long_packed_rows_take_head_groups_for_cudnn():
         predict(config(2**19, packing=True, attention="cudnn"), LLAMA, H200)
 
 
+@search
 def test_prefetch_is_for_those_who_have_the_memory():
     plans = [
         fastest_plan(config(262144, plan="offload"), LLAMA, H200, gib * GIB, 64 * GIB)
@@ -75,6 +79,7 @@ def test_prefetch_is_for_those_who_have_the_memory():
     assert not fastest_plan(config(16384), LLAMA, H200)[0].train.prefetch
 
 
+@search
 @pytest.mark.parametrize("gib", [25, 40, 60, 100])
 def test_the_fastest_plan_is_within_the_budget(gib):
     cfg, p = fastest_plan(config(), LLAMA, H200, gib * GIB, 40 * GIB)
@@ -83,6 +88,7 @@ def test_the_fastest_plan_is_within_the_budget(gib):
     assert sum(group.layers for group in make_plan(cfg, LLAMA).groups) == 32
 
 
+@search
 def test_more_memory_is_never_slower():
     speeds = [
         fastest_plan(config(), LLAMA, H200, gib * GIB, host * GIB)[1].tokens_per_second
@@ -97,6 +103,7 @@ def either_jax(request, monkeypatch):
     monkeypatch.setattr(matmul.mosaic_gpu, "OLDEST_JAX", request.param)
 
 
+@search
 def test_chunks_are_equal_where_they_can_be(either_jax):
     for tokens, budget in ((65536, 24), (100000, 29), (782 * 1024, 135)):
         cfg, _ = fastest_plan(config(tokens), LLAMA, H200, budget * GIB, 400 * GIB)
@@ -106,6 +113,7 @@ def test_chunks_are_equal_where_they_can_be(either_jax):
     assert fastest_plan(config(65537), LLAMA, H200)[0].train.mlp_chunk_size == 16384
 
 
+@search
 def test_chunks_are_those_that_kernels_take(monkeypatch):
     monkeypatch.setattr(matmul.mosaic_gpu, "OLDEST_JAX", (0, 0, 0))
     for tokens in (80056, 65672, 131080):  # equal ones: odd, odd, 4520
@@ -182,6 +190,7 @@ def test_blocks_keep_attention_where_it_fits():
     assert p.step_seconds < 0.9 * plain.step_seconds
 
 
+@search
 def test_inputs_on_the_host_and_attention_on_the_device():
     cfg, p = fastest_plan(
         config(384 * 1024, optim=ADAMW_8), LLAMA, H200, None, 100 * GIB
@@ -224,6 +233,7 @@ def test_without_host_memory_nothing_is_offloaded():
     assert p.peak_host == 0 and not make_plan(cfg, LLAMA).offloads
 
 
+@search
 @pytest.mark.parametrize("gpu, host", [("h200", 0), ("a100-80gb", 120)])
 def test_the_longest_sequence_fits_and_a_longer_one_does_not(gpu, host):
     gpu = GPUS[gpu]
@@ -235,6 +245,7 @@ def test_the_longest_sequence_fits_and_a_longer_one_does_not(gpu, host):
         fastest_plan(config(tokens), LLAMA, gpu, None, host * GIB)
 
 
+@search
 def test_what_limits_the_length():
     budget = 40 * GIB, 20 * GIB
     cfg, _ = longest_sequence(config(), LLAMA, H200, *budget)
@@ -277,6 +288,7 @@ def test_the_optimizer_state_can_go_to_the_host():
         assert ("state_on_host=True" in str(caught.value)) is said
 
 
+@search
 def test_too_little_host_memory_for_the_optimizer_state():
     adamw = {"name": "adamw", "clip_norm": 1.0, "clip": "layer", "state_on_host": True}
     cfg, p = longest_sequence(config(optim=adamw), LLAMA, H200, None, 120 * GIB)
@@ -337,6 +349,7 @@ def run(monkeypatch, *args):
     return cli.main()
 
 
+@search
 def test_command(monkeypatch, capsys, tmp_path):
     png = tmp_path / "plan.png"
     recipe = ROOT / "configs" / "llama3_8b.py"
