@@ -209,13 +209,17 @@ def _head_groups(cfg: Config, model: ModelConfig) -> list[int]:
     """
 
     def taken(groups: int) -> bool:
-        name, _ = choose_implementation(
-            model.head_size, jnp.dtype(cfg.train.compute_dtype),
-            segmented=cfg.data.packing, sliding_window=model.sliding_window,
-            capability=(9, 0),
-            shape=(cfg.data.batch_size, cfg.data.seq_len, model.num_heads // groups),
-        )  # fmt: skip
-        return cfg.train.asked_attention in (None, "xla") or name != "xla"
+        N = model.num_heads // groups
+        try:
+            choose_implementation(
+                model.head_size, jnp.dtype(cfg.train.compute_dtype),
+                segmented=cfg.data.packing, sliding_window=model.sliding_window,
+                capability=(9, 0), asked=cfg.train.asked_attention,
+                shape=(cfg.data.batch_size, cfg.data.seq_len, N),
+            )  # fmt: skip
+        except NotImplementedError:
+            return False
+        return True
 
     K = model.num_kv_heads
     divisors = [g for g in range(1, K + 1) if K % g == 0]

@@ -62,7 +62,8 @@ def test_long_packed_rows_take_head_groups_for_cudnn():
         cfg = config(2**19, packing=True, attention=asked, plan="offload")
         chosen, p = fastest_plan(cfg, LLAMA, H200, 120 * GIB, 400 * GIB)
         assert chosen.train.head_groups >= groups
-        assert p.phases["attention"][WORKSPACE] > 0
+        on_cudnn = asked == "cudnn" or matmul.obstacle() is not None
+        assert (p.phases["attention"][WORKSPACE] > 0) == on_cudnn
     one_group = config(2**19, packing=True, plan="offload")
     assert predict(one_group, LLAMA, H200).phases["attention"][WORKSPACE] == 0
     with pytest.raises(NotImplementedError, match="take more head groups"):
