@@ -24,33 +24,27 @@ from mst_jax.ops.attention import attention, packed, reference_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADS = 32, 8
-HALVING = [2**i for i in range(14, -1, -1)] + [1]  # 16384, 8192, ..., 1, 1
 SMALL = 1024
+PACKINGS = [
+    [32768], [16384] * 2, [4096] * 8, [1024] * 32, [128] * 256,
+    [2**i for i in range(14, -1, -1)] + [1],  # 16384, 8192, ..., 1, 1
+]  # fmt: skip
+
+
+def packed_rows(how: str) -> list[dict[str, Any]]:
+    """Return a row for each packing."""
+    return [{"how": how, "T": 32768, "documents": packing} for packing in PACKINGS]
+
 
 ROWS: list[dict[str, Any]] = [
     # how: 'cudnn' is dense without documents; a number after it is the levels' ratio
     {"how": "cudnn", "T": 32768},
-    {"how": "cudnn 2", "T": 32768, "documents": [32768]},
-    {"how": "cudnn 2", "T": 32768, "documents": [16384] * 2},
-    {"how": "cudnn 2", "T": 32768, "documents": [4096] * 8},
-    {"how": "cudnn 2", "T": 32768, "documents": [1024] * 32},
-    {"how": "cudnn 2", "T": 32768, "documents": [128] * 256},
-    {"how": "cudnn 2", "T": 32768, "documents": HALVING},
-    {"how": "cudnn 4", "T": 32768, "documents": [32768]},
-    {"how": "cudnn 4", "T": 32768, "documents": [16384] * 2},
-    {"how": "cudnn 4", "T": 32768, "documents": [4096] * 8},
-    {"how": "cudnn 4", "T": 32768, "documents": [1024] * 32},
-    {"how": "cudnn 4", "T": 32768, "documents": [128] * 256},
-    {"how": "cudnn 4", "T": 32768, "documents": HALVING},
+    *packed_rows("cudnn 2"),
+    *packed_rows("cudnn 4"),
     {"how": "xla", "T": 32768, "documents": [16384] * 2},
     {"how": "xla", "T": 32768, "documents": [1024] * 32},
     {"how": "mosaic_gpu", "T": 32768},
-    {"how": "mosaic_gpu", "T": 32768, "documents": [32768]},
-    {"how": "mosaic_gpu", "T": 32768, "documents": [16384] * 2},
-    {"how": "mosaic_gpu", "T": 32768, "documents": [4096] * 8},
-    {"how": "mosaic_gpu", "T": 32768, "documents": [1024] * 32},
-    {"how": "mosaic_gpu", "T": 32768, "documents": [128] * 256},
-    {"how": "mosaic_gpu", "T": 32768, "documents": HALVING},
+    *packed_rows("mosaic_gpu"),
     {"how": "cudnn", "T": 8192},
     {"how": "mosaic_gpu", "T": 8192},
     {"how": "cudnn", "T": 65536},

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from mst_jax.chunk_loop import loop_chunks
 from mst_jax.config import Config, ModelConfig, TrainConfig
 from mst_jax.gpus import Gpu
+from mst_jax.gradients import attention_implementation
 from mst_jax.mini_sequence import ROW_MULTIPLE
-from mst_jax.ops.attention import choose_implementation
 from mst_jax.ops.swiglu import mlp_chunk_size
 from mst_jax.plan import PRESETS, RESIDUALS, LayerGroup, Plan, read_groups
 from mst_jax.prediction import Prediction, parts, predict_step, show
@@ -203,20 +203,16 @@ def _cuts(cfg: Config, model: ModelConfig, gpu: Gpu) -> list[Config]:
 
 
 def _head_groups(cfg: Config, model: ModelConfig) -> list[int]:
-    """The groups that cuDNN can take, if it was asked for by name; all if it has none.
+    """The groups that what was asked for can take; all if it can none.
 
-    Its offsets of packed documents are 32 bits: a long row is too long for all heads.
+    cuDNN's offsets of packed documents are 32 bits: a long row is too long for all
+    heads.
     """
 
     def taken(groups: int) -> bool:
-        N = model.num_heads // groups
+        one = replace(cfg, train=replace(cfg.train, head_groups=groups))
         try:
-            choose_implementation(
-                model.head_size, jnp.dtype(cfg.train.compute_dtype),
-                segmented=cfg.data.packing, sliding_window=model.sliding_window,
-                capability=(9, 0), asked=cfg.train.asked_attention,
-                shape=(cfg.data.batch_size, cfg.data.seq_len, N),
-            )  # fmt: skip
+            attention_implementation(one, model, cfg.data.batch_size, (9, 0))
         except NotImplementedError:
             return False
         return True

@@ -399,7 +399,7 @@ def test_packed_offsets_have_32_bits(monkeypatch):
         return choose_implementation(128, jnp.bfloat16, **options)
 
     monkeypatch.setattr(api.mosaic_gpu, "obstacle", lambda *_, **__: "a test")
-    assert choose(400_000, 32)[0] == "cudnn"
+    assert choose(400_000, 32) == ("cudnn", "not mosaic_gpu: a test")
     assert choose(524_288, 32, segmented=False)[0] == "cudnn"
     name, why = choose(524_288, 32)
     assert name == "xla" and why.endswith("take more head groups")

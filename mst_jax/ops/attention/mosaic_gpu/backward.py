@@ -21,7 +21,6 @@ masks a step only where some query does not see some key.
 The sums of dq come in no fixed order: its last bits differ from run to run.
 """
 
-import math
 from functools import partial
 
 import jax
@@ -29,19 +28,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from mst_jax.ops import matmul as mm
+from mst_jax.ops.attention.mosaic_gpu import primitives
 from mst_jax.ops.attention.mosaic_gpu.limits import (
     COMPUTE_REGISTERS,
     LOAD_REGISTERS,
     REGISTERS_MOVE,
 )
+from mst_jax.ops.attention.mosaic_gpu.primitives import LOG2_E, ROWS, smem
 
 QUERIES = 64
 """Of a step."""
-ROWS = 64
-"""Keys of a warpgroup."""
 KEYS = 2 * ROWS
-"""Keys of a thread block."""
-LOG2_E = math.log2(math.e)
+"""Of a thread block, half of them a warpgroup's."""
 
 
 @jax.named_scope("attention")
@@ -124,9 +122,6 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
             start = (first + lax.rem(t, count)) * QUERIES
             queries = pl.ds(pl.multiple_of(start, QUERIES), QUERIES)
             return b, queries, kv_head * group + lax.div(t, count)
-
-        def smem(*shape, dtype=jnp.bfloat16):
-            return plgpu.SMEM(shape, dtype, transforms=mm.swizzled(dtype))
 
         statistic = plgpu.SMEM((2, QUERIES), jnp.float32)
         two = partial(plgpu.Barrier, num_barriers=2)
@@ -250,7 +245,8 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     dq_smem[wg] = dq
                     plgpu.commit_smem()
-                    _add(dq_smem.at[wg], dq_gmem.at[(*place(t), share(wg, half))])
+                    where = (*place(t), share(wg, half))
+                    primitives.add(dq_smem.at[wg], dq_gmem.at[where])
 
                 def step(t, _, dk_acc, dv_acc):
                     slot = lax.rem(t, 2)
@@ -296,7 +292,7 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
                     if not REGISTERS_MOVE:
                         load_next(t)
                     own_ds = ds_smem.at[slot, own]
-                    _multiply(dv_acc, p, do_slot, own_ds)
+                    primitives.multiply(dv_acc, p, do_slot, own_ds)
                     own_ds[...] = ds
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(ds_written.at[slot])
@@ -347,21 +343,3 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
             unsafe_no_auto_barriers=True,
         ),
     )(q, k, v, d_out, lse, delta, *seen, dq_ref)
-
-
-# Pallas's interpreter has neither of these; tests replace them there.
-
-
-def _multiply(acc, a, b, free) -> None:
-    """Add a b to an accumulator, `a` in registers.
-
-    `free` is shared memory like `a` that nothing is in.
-    """
-    _, plgpu = mm.pallas()
-    plgpu.wgmma(acc, a, b)
-
-
-def _add(smem, gmem) -> None:
-    """Add a tile to global memory."""
-    _, plgpu = mm.pallas()
-    plgpu.copy_smem_to_gmem(smem, gmem, reduction_op="add")

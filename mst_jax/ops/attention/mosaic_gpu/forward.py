@@ -16,7 +16,6 @@ Documents and windows: a block stops at the first key that some of its queries s
 masks a step only where some query does not see some key.
 """
 
-import math
 from functools import partial
 
 import jax
@@ -24,21 +23,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from mst_jax.ops import matmul as mm
+from mst_jax.ops.attention.mosaic_gpu import primitives
 from mst_jax.ops.attention.mosaic_gpu.limits import (
     COMPUTE_REGISTERS,
     LOAD_REGISTERS,
     REGISTERS_MOVE,
 )
+from mst_jax.ops.attention.mosaic_gpu.primitives import LOG2_E, ROWS, smem
 
-ROWS = 64
-"""Queries of a warpgroup."""
 QUERIES = 2 * ROWS
-"""Of a thread block."""
+"""Of a thread block, half of them a warpgroup's."""
 KEYS = 128 if REGISTERS_MOVE else 64
 """Of a step: as many as registers have room for."""
 SLOTS = 256 // KEYS
 """Steps whose keys and values are in shared memory."""
-LOG2_E = math.log2(math.e)
 LOWEST = -1e30
 """Below every score, and finite: exp(-inf - LOWEST) is 0."""
 
@@ -127,10 +125,6 @@ def _kernel(q, k, v, *seen):
                 return carry + steps
 
             return _tile
-
-        def smem(*shape):
-            transforms = mm.swizzled(jnp.bfloat16)
-            return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
         slots = partial(plgpu.Barrier, num_arrivals=1, num_barriers=SLOTS)
         used = {"num_arrivals": 2, "num_barriers": SLOTS}
@@ -261,7 +255,7 @@ def _kernel(q, k, v, *seen):
                         plgpu.barrier_wait(turn.at[wg])
                         plgpu.barrier_wait(v_loaded.at[slot(t)])
                         free = out_smem.at[own, pl.ds(0, KEYS)]
-                        _multiply(out_acc, p, v_smem.at[slot(t)], free)
+                        primitives.multiply(out_acc, p, v_smem.at[slot(t)], free)
 
                     def give_back(used, t):
                         plgpu.barrier_arrive(used.at[slot(t)])
@@ -281,7 +275,7 @@ def _kernel(q, k, v, *seen):
                             product_s(s_acc, t + 1)
                             pass_turn()
 
-                        out, s = _accumulate(products, out, shape)
+                        out, s = primitives.accumulate(products, out, shape)
                         give_back(v_used, t)
                         give_back(k_used, t + 1)
                         old = m
@@ -308,7 +302,7 @@ def _kernel(q, k, v, *seen):
                         product_out(out_acc, p, steps - 1)
                         pass_turn()
 
-                    (out,) = _accumulate(last_product, out)
+                    (out,) = primitives.accumulate(last_product, out)
                     give_back(v_used, steps - 1)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     out_smem[own] = (out * by_query(1 / total, H)).astype(jnp.bfloat16)
@@ -349,29 +343,3 @@ def _kernel(q, k, v, *seen):
             unsafe_no_auto_barriers=True,
         ),
     )(q, k, v, *seen)
-
-
-# Pallas's interpreter has neither of these; tests replace them there.
-
-
-def _multiply(acc, a, b, free) -> None:
-    """Add a b to an accumulator, `a` in registers.
-
-    `free` is shared memory like `a` that nothing is in.
-    """
-    _, plgpu = mm.pallas()
-    plgpu.wgmma(acc, a, b)
-
-
-def _accumulate(products, start, *shapes):
-    """Run products(*accumulators), the first of which has `start` in it.
-
-    Returns:
-        What they are when all is done: f32, of `start`'s shape and of `shapes`.
-    """
-    pl, plgpu = mm.pallas()
-    zeros = [
-        plgpu.layout_cast(jnp.zeros(s, jnp.float32), plgpu.Layout.WGMMA) for s in shapes
-    ]
-    accs = tuple(plgpu.ACC.init(a) for a in (start, *zeros))
-    return pl.run_state(lambda refs: products(*refs))(accs)
