@@ -40,6 +40,8 @@ QUERIES = 64
 """Of a step."""
 KEYS = 2 * ROWS
 """Of a thread block, half of them a warpgroup's."""
+SLOTS = 3
+"""Steps whose queries are in shared memory."""
 
 
 @jax.named_scope("attention")
@@ -123,19 +125,19 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
             queries = pl.ds(pl.multiple_of(start, QUERIES), QUERIES)
             return b, queries, kv_head * group + lax.div(t, count)
 
-        statistic = plgpu.SMEM((2, QUERIES), jnp.float32)
-        two = partial(plgpu.Barrier, num_barriers=2)
+        statistic = plgpu.SMEM((SLOTS, QUERIES), jnp.float32)
+        slots = partial(plgpu.Barrier, num_arrivals=2, num_barriers=SLOTS)
 
         @partial(
             pl.run_scoped,
             k_smem=smem(KEYS, H), v_smem=smem(KEYS, H),
-            q_smem=smem(2, QUERIES, H), do_smem=smem(2, QUERIES, H),
+            q_smem=smem(SLOTS, QUERIES, H), do_smem=smem(SLOTS, QUERIES, H),
             lse_smem=statistic, delta_smem=statistic,
             ds_smem=smem(2, KEYS, QUERIES),
             dq_smem=smem(2, QUERIES, half, dtype=jnp.float32),
             kv_loaded=plgpu.Barrier(num_arrivals=2),
-            q_loaded=two(num_arrivals=2), do_loaded=two(num_arrivals=2),
-            used=two(num_arrivals=2), ds_written=two(num_arrivals=2),
+            q_loaded=slots(), do_loaded=slots(), used=slots(),
+            ds_written=plgpu.Barrier(num_arrivals=2, num_barriers=2),
             done=plgpu.Barrier(num_arrivals=2),
             collective_axes="wg",
         )  # fmt: skip
@@ -152,7 +154,7 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
                 return pl.when(wg == (2 if REGISTERS_MOVE else i))
 
             def load(t):
-                slot, (b, queries, head) = lax.rem(t, 2), place(t)
+                slot, (b, queries, head) = lax.rem(t, SLOTS), place(t)
                 for i, (rows, to, statistic, its, loaded) in enumerate(
                     (
                         (q_gmem, q_smem, lse_gmem, lse_smem, q_loaded),
@@ -177,16 +179,20 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
                     def _copy(rows=gmem.at[b, keys, kv_head], to=to):
                         plgpu.copy_gmem_to_smem(rows, to, kv_loaded)
 
-                for t in range(2):
-                    load(t)
+                for t in range(SLOTS):
+                    pl.when(t < steps)(partial(load, t))
+
+            def is_followed(t):
+                """Whether a step will take the slot that step t - 1 took."""
+                return (t > 0) & (t - 1 + SLOTS < steps)
 
             def load_next(t):
-                """Load what step t + 1 takes, once nobody uses what t - 1 took."""
+                """Load into the slot of step t - 1, once nobody uses it."""
 
-                @pl.when((t > 0) & (t + 1 < steps))
+                @pl.when(is_followed(t))
                 def _next():
-                    plgpu.barrier_wait(used.at[lax.rem(t + 1, 2)])
-                    load(t + 1)
+                    plgpu.barrier_wait(used.at[lax.rem(t - 1, SLOTS)])
+                    load(t - 1 + SLOTS)
 
             @pl.when(REGISTERS_MOVE and wg == 2)
             def _load():
@@ -249,8 +255,8 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
                     primitives.add(dq_smem.at[wg], dq_gmem.at[where])
 
                 def step(t, _, dk_acc, dv_acc):
-                    slot = lax.rem(t, 2)
-                    before, old_slot = lax.max(t - 1, 0), 1 - slot
+                    slot, ds_slot = lax.rem(t, SLOTS), lax.rem(t, 2)
+                    before = lax.max(t - 1, 0)
                     q_slot, do_slot = q_smem.at[slot], do_smem.at[slot]
                     # Always wg. But as t is in it, the compiler does not keep the
                     # descriptors of all parts of k and v in registers, for which there
@@ -259,7 +265,7 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
                     own = share(wg_t, ROWS)
 
                     def old_dq(dq_acc):
-                        product_dq(dq_acc, old_slot, wg_t)
+                        product_dq(dq_acc, 1 - ds_slot, wg_t)
                         return pl.run_scoped(partial(scores, dq_acc), acc)
 
                     def scores(dq_acc, s_acc):
@@ -267,9 +273,9 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
                         plgpu.wgmma(s_acc, k_smem.at[own], q_slot.transpose((1, 0)))
                         dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)
 
-                        @pl.when((t > 0) & (t + 1 < steps))
+                        @pl.when(is_followed(t))
                         def _release():
-                            plgpu.barrier_arrive(used.at[old_slot])
+                            plgpu.barrier_arrive(used.at[lax.rem(t - 1, SLOTS)])
 
                         add_dq(dq, before)
                         plgpu.barrier_wait(do_loaded.at[slot])
@@ -291,11 +297,11 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
                     p, ds = pl.run_scoped(old_dq, dq_acc)
                     if not REGISTERS_MOVE:
                         load_next(t)
-                    own_ds = ds_smem.at[slot, own]
+                    own_ds = ds_smem.at[ds_slot, own]
                     primitives.multiply(dv_acc, p, do_slot, own_ds)
                     own_ds[...] = ds
                     plgpu.commit_smem()
-                    plgpu.barrier_arrive(ds_written.at[slot])
+                    plgpu.barrier_arrive(ds_written.at[ds_slot])
                     plgpu.wgmma(dk_acc, own_ds, q_slot)
 
                 def sums(dk_acc, dv_acc):
