@@ -31,9 +31,10 @@ PACKINGS = [
 ]  # fmt: skip
 
 
-def packed_rows(how: str) -> list[dict[str, Any]]:
+def packed_rows(how: str, **options: int) -> list[dict[str, Any]]:
     """Return a row for each packing."""
-    return [{"how": how, "T": 32768, "documents": packing} for packing in PACKINGS]
+    row = {"how": how, "T": 32768, **options}
+    return [{**row, "documents": packing} for packing in PACKINGS]
 
 
 ROWS: list[dict[str, Any]] = [
@@ -58,7 +59,13 @@ ROWS: list[dict[str, Any]] = [
     {"how": "tokamax", "T": 32768},
     {"how": "tokamax", "T": 65536},
     {"how": "cudnn", "T": 32768, "H": 64},
-    {"how": "cudnn 2", "T": 32768, "H": 64, "documents": [16384] * 2},
+    {"how": "mosaic_gpu", "T": 32768, "H": 64},
+    *packed_rows("cudnn 2", H=64),
+    *packed_rows("mosaic_gpu", H=64),
+    {"how": "cudnn", "T": 8192, "H": 64},
+    {"how": "mosaic_gpu", "T": 8192, "H": 64},
+    {"how": "cudnn", "T": 32768, "H": 64, "window": 4096},
+    {"how": "mosaic_gpu", "T": 32768, "H": 64, "window": 4096},
     {"how": "xla", "T": 32768},
 ]
 TRIALS: list[dict[str, Any]] = [
@@ -67,6 +74,8 @@ TRIALS: list[dict[str, Any]] = [
     {"how": "mosaic_gpu", "window": 100},
     {"how": "mosaic_gpu", "documents": [513, 300, 1, 1, 150]},
     {"how": "mosaic_gpu", "documents": [70] * 14, "window": 100},
+    {"how": "mosaic_gpu", "H": 64},
+    {"how": "mosaic_gpu", "documents": [70] * 14, "window": 100, "H": 64},
     {"how": "cudnn", "window": 100},
     {"how": "cudnn 2", "documents": [513, 300, 1, 1, 150]},
     {"how": "xla", "documents": [513, 300, 1, 1, 150]},

@@ -332,7 +332,7 @@ def test_hopper_takes_the_kernel_where_it_can(monkeypatch):
 
     assert choose() == ("mosaic_gpu", "this GPU has it")
     for options, why in (
-        ({"H": 64}, "head size 64 is not 128"),
+        ({"H": 96}, "head size 96 is none of (64, 128)"),
         ({"dtype": jnp.float16}, "takes bfloat16, not float16"),
         ({"T": 100}, "T=100 is no multiple of 8"),
         ({"capability": (8, 0)}, "compute capability 8.0 is not 9.0 (Hopper)"),
@@ -350,7 +350,7 @@ def test_hopper_takes_the_kernel_where_it_can(monkeypatch):
     ):
         monkeypatch.setattr(api.mosaic_gpu.limits, "REGISTERS_MOVE", registers_move)
         assert choose(T=32768)[1].startswith(why)
-        for options in ({"segmented": True}, {"sliding_window": 4096}):
+        for options in ({"segmented": True}, {"sliding_window": 4096}, {"H": 64}):
             assert choose(T=32768, **options) == ("mosaic_gpu", "this GPU has it")
     monkeypatch.setenv("XLA_FLAGS", "--a=1 --xla_gpu_deterministic_ops=true")
     assert choose()[1].startswith("not mosaic_gpu: adds up dq in no fixed order")

@@ -27,7 +27,7 @@ from mst_jax.ops.attention import (
 )
 
 BF16, F32 = jnp.bfloat16, jnp.float32
-H = 128
+HEAD_SIZES = pytest.mark.parametrize("H", [128, 64])
 CAUSAL = {"causal": True, "window": None}
 
 
@@ -44,8 +44,11 @@ def kernels():
 def multiply(acc, a, b, free):
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    free[...] = a
-    plgpu.wgmma(acc, free, b)
+    columns = free.shape[1]
+    for start in range(0, a.shape[1], columns):
+        part = slice(start, start + columns)
+        free[...] = a[:, part]
+        plgpu.wgmma(acc, free, b.at[part])
 
 
 def accumulate(products, start, *shapes):
@@ -65,7 +68,7 @@ def add(smem, gmem):
     gmem[...] = gmem[...] + smem[...]
 
 
-def make(T, N=2, K=1, B=1, scale=1.0):
+def make(T, N=2, K=1, B=1, H=128, scale=1.0):
     """Return q, k, v, out, the logsumexp, the gradient of out."""
     keys = jax.random.split(jax.random.key(T + N), 4)
     q, k, v, d_out = (
@@ -137,100 +140,115 @@ def documents(*lengths):
     return jnp.asarray(np.repeat(np.arange(len(lengths)) + 1, lengths)[None], jnp.int32)
 
 
+DOCUMENTS = {"segment_ids": documents(100, 1, 91, 128, 64)}  # within, across, whole
+WINDOW = {"window": 70}
+BOTH = {"segment_ids": documents(200, 184), "window": 130}
+
+
 @needs_pallas
 @pytest.mark.parametrize(
-    "masks",
+    "masks, H",
     [
-        pytest.param(
-            # within, across, whole blocks
-            {"segment_ids": documents(100, 1, 91, 128, 64)},
-            id="documents", marks=pytest.mark.interpreted,
-        ),
-        pytest.param({"window": 70}, id="window", marks=pytest.mark.interpreted),
-        pytest.param({"segment_ids": documents(200, 184), "window": 130}, id="both"),
+        pytest.param(DOCUMENTS, 128, id="documents", marks=pytest.mark.interpreted),
+        pytest.param(DOCUMENTS, 64, id="documents-64", marks=pytest.mark.interpreted),
+        pytest.param(WINDOW, 128, id="window", marks=pytest.mark.interpreted),
+        pytest.param(WINDOW, 64, id="window-64", marks=pytest.mark.interpreted),
+        pytest.param(BOTH, 128, id="both"),
+        pytest.param(BOTH, 64, id="both-64", marks=pytest.mark.interpreted),
     ],
-)  # fmt: skip
-def test_documents_and_windows(masks):
+)
+def test_documents_and_windows(masks, H):
     ids, window = masks.get("segment_ids"), masks.get("window")
-    q, k, v, _, _, d_out = make(384, 1, 1)
+    q, k, v, _, _, d_out = make(384, 1, 1, H=H)
     options = {"causal": True, "window": window, "softcap": None}
     out, lse = xla.flash_forward(q, k, v, ids, **options)
     check_forward(q, k, v, **masks)
     check(q, k, v, out, lse, d_out, factor=1.02, **masks)
 
 
-def test_blocks_that_see_each_other(monkeypatch):
+def test_blocks_that_see_each_other():
     last = mosaic_gpu.backward._last_query(documents(100, 1, 91, 128, 64), 90, 384)
     t = np.arange(384)
     ends = np.repeat([99, 100, 191, 319, 383], [100, 1, 91, 128, 64])
     np.testing.assert_array_equal(last[0], np.minimum(ends, t + 89))
-    _, count, lowest = mosaic_gpu.backward._blocks(last)
-    # Keys 0-127 are seen up to 191, 128-255 up to 319, all rounded up to pairs of 64.
-    np.testing.assert_array_equal(count[0], [4, 4, 2])
-    np.testing.assert_array_equal(lowest[0], [89, 191, 319])
+    # Keys 0-127 are seen up to 191, 128-255 up to 319.
+    for queries, steps in ((64, [3, 3, 2]), (128, [2, 2, 1])):
+        _, count, lowest = mosaic_gpu.backward._blocks(last, queries)
+        np.testing.assert_array_equal(count[0], steps)
+        np.testing.assert_array_equal(lowest[0], [89, 191, 319])
 
-    monkeypatch.setattr(mosaic_gpu.forward, "KEYS", 64)
     first = mosaic_gpu.forward._first_key(documents(100, 1, 91, 128, 64), 90, 384)
     begins = np.repeat([0, 100, 101, 192, 320], [100, 1, 91, 128, 64])
     np.testing.assert_array_equal(first[0], np.maximum(begins, t - 89))
-    _, count, highest = mosaic_gpu.forward._blocks(first)
-    # Queries 0-127 see from 0 on, 128-255 from 101, 256-383 from 192: steps of 64 keys.
-    np.testing.assert_array_equal(count[0], [2, 3, 3])
-    np.testing.assert_array_equal(highest[0], [101, 192, 320])
+    # Queries 0-127 see from 0 on, 128-255 from 101, 256-383 from 192.
+    for keys, steps in ((64, [2, 3, 3]), (128, [1, 2, 2])):
+        _, count, highest = mosaic_gpu.forward._blocks(first, keys)
+        np.testing.assert_array_equal(count[0], steps)
+        np.testing.assert_array_equal(highest[0], [101, 192, 320])
 
 
 @needs_pallas
 @pytest.mark.parametrize(
-    "T, N, K, B", sometimes([(256, 2, 1, 1), (128, 2, 2, 2)], always=[(256, 2, 1, 1)])
+    "T, N, K, B, H",
+    sometimes(
+        [(256, 2, 1, 1, 128), (128, 2, 2, 2, 128), (384, 1, 1, 1, 64)],
+        always=[(256, 2, 1, 1, 128), (384, 1, 1, 1, 64)],  # even and odd steps
+    ),
 )
-def test_gradients(T, N, K, B):
-    check(*make(T, N, K, B), factor=1.02)
+def test_gradients(T, N, K, B, H):
+    check(*make(T, N, K, B, H), factor=1.02)
 
 
 @needs_pallas
 @pytest.mark.interpreted
 @pytest.mark.parametrize(
-    "T, N, K, B, keys",
-    [(384, 4, 1, 1, 128), (200, 1, 1, 2, 64)],  # two heads and one a cluster
+    "T, N, K, B, H, keys",
+    [
+        (384, 4, 1, 1, 128, 128),  # two heads a cluster
+        (200, 1, 1, 2, 128, 64),  # one
+        (384, 2, 1, 1, 64, 128),
+    ],
 )
-def test_forward(monkeypatch, T, N, K, B, keys):
+def test_forward(monkeypatch, T, N, K, B, H, keys):
     # Two clusters, or four: some have several tiles, the next loaded during the last.
     monkeypatch.setattr(matmul, "num_sms", lambda: 4)
-    monkeypatch.setattr(mosaic_gpu.forward, "KEYS", keys)
-    monkeypatch.setattr(mosaic_gpu.forward, "SLOTS", 256 // keys)
-    check_forward(*make(T, N, K, B)[:3])
+    monkeypatch.setattr(mosaic_gpu.forward, "KEYS", {H: keys})
+    check_forward(*make(T, N, K, B, H)[:3])
 
 
 FORWARD = """
 from mst_jax.ops.attention.mosaic_gpu import flash_forward
-q, k = array((1, 8192, 32, 128)), array((1, 8192, 8, 128))
+q, k = array((1, 8192, 32, H)), array((1, 8192, 8, H))
 ids = array((1, 8192), jnp.int32)
 fn = jax.jit(lambda q, k, v, ids: flash_forward(q, k, v, segment_ids=ids))
 fn.lower(q, k, k, IDS).compile()
 """
 BACKWARD = """
 from mst_jax.ops.attention.mosaic_gpu import flash_backward
-q, k = array((1, 8192, 32, 128)), array((1, 8192, 8, 128))
+q, k = array((1, 8192, 32, H)), array((1, 8192, 8, H))
 lse = array((1, 32, 8192), jnp.float32)
 jax.jit(flash_backward).lower(q, k, k, q, lse, q).compile()
 """
 
 
-# Bytes a thread that registers have no room for: the backward pass 64 on JAX 0.11.2 and
-# 24 on 0.12, the forward pass 8 to 16. A form that spilled 500 took half as long again.
+# Bytes a thread that registers have no room for. Heads of 128: the backward pass 64 on
+# JAX 0.11.2 and 28 on 0.12, the forward pass 8 to 16; of 64: 184 and 256, and up to 80,
+# in steps of twice as many queries. A form that spilled 500 took half as long again.
 @pytest.mark.compiled
 @needs_pallas
 @pytest.mark.parametrize(
-    "program, kernel, most",
+    "program, kernel, H, most",
     [
-        (FORWARD.replace("IDS", "None"), "attention_forward", 32),
-        (FORWARD.replace("IDS", "ids"), "attention_forward", 32),
-        (BACKWARD, "attention_backward", 128),
+        (FORWARD.replace("IDS", "None"), "attention_forward", 128, 32),
+        (FORWARD.replace("IDS", "ids"), "attention_forward", 128, 32),
+        (FORWARD.replace("IDS", "ids"), "attention_forward", 64, 96),
+        (BACKWARD, "attention_backward", 128, 128),
+        (BACKWARD, "attention_backward", 64, 256),
     ],
-    ids=["forward", "forward, documents", "backward"],
+    ids=["forward", "forward, documents", "documents, 64", "backward", "backward, 64"],
 )
-def test_compiled_for_an_h200(program, kernel, most):
-    said = compile_for_h200(program, MOSAIC_GPU_DUMP_PTXAS="1")
+def test_compiled_for_an_h200(program, kernel, H, most):
+    said = compile_for_h200(f"H = {H}{program}", MOSAIC_GPU_DUMP_PTXAS="1")
     assert f"Compiling entry function '{kernel}_mosaic_gpu_kernel'" in said
     # Its products run beside each other.
     assert "wgmma.mma_async instructions are serialized" not in said, said
@@ -240,15 +258,18 @@ def test_compiled_for_an_h200(program, kernel, most):
 
 
 @pytest.mark.gpu
+@HEAD_SIZES
 @pytest.mark.parametrize(
     "T, N, K, B", [(1000, 4, 2, 2), (8, 2, 1, 1), (128, 2, 1, 1), (4096, 8, 1, 2)]
 )
-def test_lengths_and_heads(T, N, K, B):
-    check_forward(*make(T, N, K, B)[:3], factor=1.05)
-    check(*make(T, N, K, B), factor=1.05 if T > 100 else 1.5)  # few elements vary
+def test_lengths_and_heads(T, N, K, B, H):
+    arrays = make(T, N, K, B, H)
+    check_forward(*arrays[:3], factor=1.05)
+    check(*arrays, factor=1.05 if T > 100 else 1.5)  # few elements vary
 
 
 @pytest.mark.gpu
+@HEAD_SIZES
 @pytest.mark.parametrize(
     "masks",
     [
@@ -258,8 +279,8 @@ def test_lengths_and_heads(T, N, K, B):
     ],
     ids=["documents", "window", "both"],
 )
-def test_long_documents_and_windows(masks):
-    q, k, v, _, _, d_out = make(4096, 8, 2)
+def test_long_documents_and_windows(masks, H):
+    q, k, v, _, _, d_out = make(4096, 8, 2, H=H)
     ids, window = masks.get("segment_ids"), masks.get("window")
     check_forward(q, k, v, factor=1.05, **masks)
     out, lse = attention_forward(
@@ -269,17 +290,19 @@ def test_long_documents_and_windows(masks):
 
 
 @pytest.mark.gpu
+@HEAD_SIZES
 @pytest.mark.parametrize("scale", [0.0, 100.0])
-def test_scores_that_are_equal_or_far_apart(scale):
-    arrays = make(1000, scale=scale)
+def test_scores_that_are_equal_or_far_apart(scale, H):
+    arrays = make(1000, H=H, scale=scale)
     check_forward(*arrays[:3], factor=1.1)
     check(*arrays, factor=1.1)
 
 
 @pytest.mark.gpu
-def test_runs_are_equal():
+@HEAD_SIZES
+def test_runs_are_equal(H):
     # To the last bit, but dq, whose sums come in any order.
-    args = make(4096, 8, 2)
+    args = make(4096, 8, 2, H=H)
     forward = jax.jit(mosaic_gpu.flash_forward)
     out, lse = forward(*args[:3])
     for _ in range(5):
@@ -295,7 +318,7 @@ def test_runs_are_equal():
 
 @pytest.mark.gpu
 def test_more_than_2_to_the_31_elements():
-    B, T, N, K = 4112, 128, 32, 8
+    B, T, N, K, H = 4112, 128, 32, 8, 128
     q, k, v, d_out = (
         jax.random.normal(jax.random.key(i), (B, T, n, H), BF16)
         for i, n in enumerate((N, K, K, N))

@@ -134,7 +134,7 @@ def _forward(how: _How, q, k, v, segment_ids) -> tuple[jax.Array, jax.Array]:
         return xla.flash_forward(q, k, v, ids, softcap=how.softcap, **options)
     if documents is not None:
         return packed.forward(q, k, v, documents, kernel=kernel, **options)
-    if kernel and mosaic_gpu.REGISTERS_MOVE:  # else cuDNN's is faster
+    if kernel and mosaic_gpu.has_fast_forward(q.shape[-1]):
         return mosaic_gpu.flash_forward(q, k, v, window=how.window)
     return cudnn.flash_forward(q, k, v, **options)
 

@@ -110,11 +110,11 @@ class Barriers:
         return self.all.at[self.first + i]
 
 
-def swizzled(dtype: Any) -> tuple[Any, ...]:
-    """Return the transforms of shared memory in rows of `ROW_BYTES`, for wgmma."""
+def swizzled(dtype: Any, row_bytes: int = ROW_BYTES) -> tuple[Any, ...]:
+    """Return the transforms of shared memory in rows of 64 or 128 bytes, for wgmma."""
     _, plgpu = pallas()
-    tiling = plgpu.TilingTransform((8, part_columns(dtype)))
-    return tiling, plgpu.SwizzleTransform(ROW_BYTES)
+    tiling = plgpu.TilingTransform((8, row_bytes // jnp.dtype(dtype).itemsize))
+    return tiling, plgpu.SwizzleTransform(row_bytes)
 
 
 def pallas() -> tuple[Any, Any]:

@@ -3,17 +3,17 @@
 from mst_jax.ops.attention.mosaic_gpu.backward import flash_backward
 from mst_jax.ops.attention.mosaic_gpu.forward import flash_forward
 from mst_jax.ops.attention.mosaic_gpu.limits import (
-    REGISTERS_MOVE,
     device_obstacle,
+    has_fast_forward,
     not_by_default,
     obstacle,
 )
 
 __all__ = [
-    "REGISTERS_MOVE",
     "device_obstacle",
     "flash_backward",
     "flash_forward",
+    "has_fast_forward",
     "not_by_default",
     "obstacle",
 ]

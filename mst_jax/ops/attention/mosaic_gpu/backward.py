@@ -3,12 +3,12 @@
     s = k q^T    p = exp(s - lse)    dp = v do^T    ds = p (dp - delta)
     dv += p do          dk += ds q          dq += ds^T k
 
-A thread block has 128 keys and walks the queries that see them, 64 at a time, of every
-head of its group. Scores are transposed, keys are their rows: p and ds leave the tensor
-cores as operands. Two warpgroups have 64 keys each, with their dk and dv in registers.
-Each writes its rows of ds to shared memory and takes all rows for its half of dq's
-columns, a step later, so that neither waits for the other. dq is summed in f32 in
-global memory (TMA adds in L2). Five products a pair of blocks: one kernel for dq and
+A thread block has 128 keys and walks the queries that see them, `QUERIES` at a time, of
+every head of its group. Scores are transposed, keys are their rows: p and ds leave the
+tensor cores as operands. Two warpgroups have 64 keys each, with their dk and dv in
+registers. Each writes its rows of ds to shared memory and takes all rows for its half
+of dq's columns, a step later, so that neither waits for the other. dq is summed in f32
+in global memory (TMA adds in L2). Five products a pair of blocks: one kernel for dq and
 one for dk and dv would take seven.
 
 A third warpgroup loads (TMA) and leaves its registers to the two. JAX 0.12 compiles
@@ -36,12 +36,12 @@ from mst_jax.ops.attention.mosaic_gpu.limits import (
 )
 from mst_jax.ops.attention.mosaic_gpu.primitives import LOG2_E, ROWS, smem
 
-QUERIES = 64
-"""Of a step."""
+QUERIES = {128: 64, 64: 128}
+"""Of a step, by head size: as many as registers have room for."""
 KEYS = 2 * ROWS
 """Of a thread block, half of them a warpgroup's."""
-SLOTS = 3
-"""Steps whose queries are in shared memory."""
+SLOTS = {128: 3, 64: 2}
+"""Steps whose queries are in shared memory, by head size."""
 
 
 @jax.named_scope("attention")
@@ -70,7 +70,7 @@ def flash_backward(q, k, v, out, lse, d_out, *, segment_ids=None, window=None):
     seen = ()
     if segment_ids is not None or window is not None:
         last = jnp.broadcast_to(_last_query(segment_ids, window, T), (B, T))
-        seen = _blocks(jnp.pad(last, pad[1:]))
+        seen = _blocks(jnp.pad(last, pad[1:]), QUERIES[H])
     dq, (dk, dv) = mm.in_place(_kernel, dq, q, k, v, d_out, lse, delta, *seen)
     return (dq * H**-0.5).astype(q.dtype), dk, dv
 
@@ -85,16 +85,15 @@ def _last_query(ids, window, T):
     return last if window is None else jnp.minimum(last, t + (window - 1))
 
 
-def _blocks(last):
+def _blocks(last, Q):
     """[B, T'] -> itself, and of each block of keys int32 [B, T' / KEYS].
 
-    They are the blocks of queries that see some of it, an even number, and the last
-    query that sees all of it.
+    They are the blocks of Q queries that see some of it, and the last query that sees
+    all of it.
     """
     by_block = last.reshape(last.shape[0], -1, KEYS)
-    first = jnp.arange(by_block.shape[1], dtype=jnp.int32) * (KEYS // QUERIES)
-    count = by_block.max(-1) // QUERIES + 1 - first
-    return last, count + count % 2, by_block.min(-1)
+    first = jnp.arange(by_block.shape[1], dtype=jnp.int32) * (KEYS // Q)
+    return last, by_block.max(-1) // Q + 1 - first, by_block.min(-1)
 
 
 def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
@@ -107,13 +106,16 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
     B, T, N, H = q.shape
     K, kv_blocks = k.shape[2], pl.cdiv(T, KEYS)
     group, half = N // K, H // 2
+    Q, slots = QUERIES[H], SLOTS[H]
+    # A row is what a warpgroup takes of k for its half of dq.
+    tile = partial(smem, row_bytes=half * k.dtype.itemsize)
 
     def attention_backward(*gmems):
         block = lax.axis_index("block")
         # The longest first, so that few blocks run alone at the end.
         j, rest = lax.div(block, B * K), lax.rem(block, B * K)
         b, kv_head = lax.div(rest, K), lax.rem(rest, K)
-        first, count = j * (KEYS // QUERIES), (kv_blocks - j) * (KEYS // QUERIES)
+        first, count = j * (KEYS // Q), (kv_blocks - j) * (KEYS // Q)
         if seen:
             last_gmem, count_gmem, lowest_gmem = gmems[6:9]
             count, lowest = count_gmem[b, j], lowest_gmem[b, j]
@@ -121,22 +123,22 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
 
         def place(t):
             """Return the (batch, queries, head) of a step."""
-            start = (first + lax.rem(t, count)) * QUERIES
-            queries = pl.ds(pl.multiple_of(start, QUERIES), QUERIES)
+            start = (first + lax.rem(t, count)) * Q
+            queries = pl.ds(pl.multiple_of(start, Q), Q)
             return b, queries, kv_head * group + lax.div(t, count)
 
-        statistic = plgpu.SMEM((SLOTS, QUERIES), jnp.float32)
-        slots = partial(plgpu.Barrier, num_arrivals=2, num_barriers=SLOTS)
+        statistic = plgpu.SMEM((slots, Q), jnp.float32)
+        by_slot = partial(plgpu.Barrier, num_arrivals=2, num_barriers=slots)
 
         @partial(
             pl.run_scoped,
-            k_smem=smem(KEYS, H), v_smem=smem(KEYS, H),
-            q_smem=smem(SLOTS, QUERIES, H), do_smem=smem(SLOTS, QUERIES, H),
+            k_smem=tile(KEYS, H), v_smem=tile(KEYS, H),
+            q_smem=tile(slots, Q, H), do_smem=tile(slots, Q, H),
             lse_smem=statistic, delta_smem=statistic,
-            ds_smem=smem(2, KEYS, QUERIES),
-            dq_smem=smem(2, QUERIES, half, dtype=jnp.float32),
+            ds_smem=tile(2, KEYS, Q),
+            dq_smem=smem(2, Q, half, dtype=jnp.float32),
             kv_loaded=plgpu.Barrier(num_arrivals=2),
-            q_loaded=slots(), do_loaded=slots(), used=slots(),
+            q_loaded=by_slot(), do_loaded=by_slot(), used=by_slot(),
             ds_written=plgpu.Barrier(num_arrivals=2, num_barriers=2),
             done=plgpu.Barrier(num_arrivals=2),
             collective_axes="wg",
@@ -154,7 +156,7 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
                 return pl.when(wg == (2 if REGISTERS_MOVE else i))
 
             def load(t):
-                slot, (b, queries, head) = lax.rem(t, SLOTS), place(t)
+                slot, (b, queries, head) = lax.rem(t, slots), place(t)
                 for i, (rows, to, statistic, its, loaded) in enumerate(
                     (
                         (q_gmem, q_smem, lse_gmem, lse_smem, q_loaded),
@@ -179,20 +181,20 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
                     def _copy(rows=gmem.at[b, keys, kv_head], to=to):
                         plgpu.copy_gmem_to_smem(rows, to, kv_loaded)
 
-                for t in range(SLOTS):
+                for t in range(slots):
                     pl.when(t < steps)(partial(load, t))
 
             def is_followed(t):
                 """Whether a step will take the slot that step t - 1 took."""
-                return (t > 0) & (t - 1 + SLOTS < steps)
+                return (t > 0) & (t - 1 + slots < steps)
 
             def load_next(t):
                 """Load into the slot of step t - 1, once nobody uses it."""
 
                 @pl.when(is_followed(t))
                 def _next():
-                    plgpu.barrier_wait(used.at[lax.rem(t - 1, SLOTS)])
-                    load(t - 1 + SLOTS)
+                    plgpu.barrier_wait(used.at[lax.rem(t - 1, slots)])
+                    load(t - 1 + slots)
 
             @pl.when(REGISTERS_MOVE and wg == 2)
             def _load():
@@ -206,7 +208,7 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
                     plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
                 else:
                     load_first()
-                layout, shape = plgpu.Layout.WGMMA, (ROWS, QUERIES)
+                layout, shape = plgpu.Layout.WGMMA, (ROWS, Q)
 
                 def share(wg, size):
                     return pl.ds(pl.multiple_of(wg * size, size), size)
@@ -227,7 +229,7 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
                         plgpu.broadcasted_iota(jnp.int32, shape, i, layout=layout)
                         for i in range(2)
                     )
-                    query += (first + lax.rem(t, count)) * QUERIES
+                    query += (first + lax.rem(t, count)) * Q
                     s = jnp.where(key + (j * KEYS + wg * ROWS) <= query, s, -jnp.inf)
                     if seen:
                         ends = lax.broadcast_in_dim(last, shape, (0,))
@@ -237,9 +239,9 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
                 def is_cut(t):
                     """Whether some query of a step does not see some key."""
                     place = lax.rem(t, count)
-                    cut = place < KEYS // QUERIES  # on the diagonal
+                    cut = place < KEYS // Q  # on the diagonal
                     if seen:
-                        cut |= (first + place + 1) * QUERIES > lowest + 1
+                        cut |= (first + place + 1) * Q > lowest + 1
                     return cut
 
                 def product_dq(acc, slot, wg):
@@ -255,7 +257,7 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
                     primitives.add(dq_smem.at[wg], dq_gmem.at[where])
 
                 def step(t, _, dk_acc, dv_acc):
-                    slot, ds_slot = lax.rem(t, SLOTS), lax.rem(t, 2)
+                    slot, ds_slot = lax.rem(t, slots), lax.rem(t, 2)
                     before = lax.max(t - 1, 0)
                     q_slot, do_slot = q_smem.at[slot], do_smem.at[slot]
                     # Always wg. But as t is in it, the compiler does not keep the
@@ -275,7 +277,7 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
 
                         @pl.when(is_followed(t))
                         def _release():
-                            plgpu.barrier_arrive(used.at[lax.rem(t - 1, SLOTS)])
+                            plgpu.barrier_arrive(used.at[lax.rem(t - 1, slots)])
 
                         add_dq(dq, before)
                         plgpu.barrier_wait(do_loaded.at[slot])
@@ -293,7 +295,7 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
                         return p.astype(jnp.bfloat16), ds
 
                     acc = plgpu.ACC(shape, jnp.float32)
-                    dq_acc = plgpu.ACC((QUERIES, half), jnp.float32)
+                    dq_acc = plgpu.ACC((Q, half), jnp.float32)
                     p, ds = pl.run_scoped(old_dq, dq_acc)
                     if not REGISTERS_MOVE:
                         load_next(t)
@@ -314,10 +316,10 @@ def _kernel(dq_ref, q, k, v, d_out, lse, delta, *seen):
                     lax.fori_loop(0, steps, body, None)
 
                     def last_dq(dq_acc):
-                        product_dq(dq_acc, 1, wg)  # of an even number of steps
+                        product_dq(dq_acc, lax.rem(steps - 1, 2), wg)
                         return dq_acc[...]
 
-                    dq_acc = plgpu.ACC((QUERIES, half), jnp.float32)
+                    dq_acc = plgpu.ACC((Q, half), jnp.float32)
                     add_dq(pl.run_scoped(last_dq, dq_acc), steps - 1)
                     return dk_acc[...], dv_acc[...]
 

@@ -33,10 +33,10 @@ from mst_jax.ops.attention.mosaic_gpu.primitives import LOG2_E, ROWS, smem
 
 QUERIES = 2 * ROWS
 """Of a thread block, half of them a warpgroup's."""
-KEYS = 128 if REGISTERS_MOVE else 64
-"""Of a step: as many as registers have room for."""
-SLOTS = 256 // KEYS
-"""Steps whose keys and values are in shared memory."""
+KEYS = {128: 128 if REGISTERS_MOVE else 64, 64: 128}
+"""Of a step, by head size: as many as registers have room for."""
+SLOT_KEYS = 256
+"""Keys, and values, that are in shared memory."""
 LOWEST = -1e30
 """Below every score, and finite: exp(-inf - LOWEST) is 0."""
 
@@ -51,11 +51,12 @@ def flash_forward(q, k, v, *, segment_ids=None, window=None):
         segment_ids: int [B, T], a run of equal ones is a document; or None.
         window: tokens that a token sees to its left, itself included; or None.
     """
-    B, T = q.shape[:2]
+    B, T, _, H = q.shape
     seen = ()
     if segment_ids is not None or window is not None:
         first = jnp.broadcast_to(_first_key(segment_ids, window, T), (B, T))
-        seen = _blocks(jnp.pad(first, ((0, 0), (0, -T % QUERIES)), mode="edge"))
+        first = jnp.pad(first, ((0, 0), (0, -T % QUERIES)), mode="edge")
+        seen = _blocks(first, KEYS[H])
     # Else XLA runs the kernel twice where a result is kept in a stack: once more in one
     # fusion with the write.
     out, lse = lax.optimization_barrier(_kernel(q, k, v, *seen))
@@ -72,15 +73,15 @@ def _first_key(ids, window, T):
     return first if window is None else jnp.maximum(first, t - (window - 1))
 
 
-def _blocks(first):
+def _blocks(first, span):
     """[B, T'] -> itself, and of each block of queries int32 [B, T' / QUERIES].
 
-    They are the steps of keys that some of it sees, and the first key that all of it
-    sees, but for the diagonal.
+    They are the steps of `span` keys that some of it sees, and the first key that all
+    of it sees, but for the diagonal.
     """
     by_block = first.reshape(first.shape[0], -1, QUERIES)
-    ends = (jnp.arange(by_block.shape[1], dtype=jnp.int32) + 1) * (QUERIES // KEYS)
-    return first, ends - by_block.min(-1) // KEYS, by_block.max(-1)
+    ends = (jnp.arange(by_block.shape[1], dtype=jnp.int32) + 1) * (QUERIES // span)
+    return first, ends - by_block.min(-1) // span, by_block.max(-1)
 
 
 def _kernel(q, k, v, *seen):
@@ -91,6 +92,8 @@ def _kernel(q, k, v, *seen):
     pl, plgpu = mm.pallas()
     B, T, N, H = q.shape
     K, blocks = k.shape[2], pl.cdiv(T, QUERIES)
+    span = KEYS[H]  # of a step
+    slots = SLOT_KEYS // span
     group = N // K
     cluster = 2 if group % 2 == 0 else 1
     shares = B * N // cluster
@@ -118,7 +121,7 @@ def _kernel(q, k, v, *seen):
                 i, rest = blocks - 1 - lax.div(n, shares), lax.rem(n, shares)
                 head = rest * cluster + lax.axis_index("cluster")
                 b, head = lax.div(head, N), lax.rem(head, N)
-                steps = (i + 1) * (QUERIES // KEYS)
+                steps = (i + 1) * (QUERIES // span)
                 if seen:
                     steps = seen_gmems[1][b, i]
                 body(before, carry, b, i, head, steps)
@@ -126,8 +129,8 @@ def _kernel(q, k, v, *seen):
 
             return _tile
 
-        slots = partial(plgpu.Barrier, num_arrivals=1, num_barriers=SLOTS)
-        used = {"num_arrivals": 2, "num_barriers": SLOTS}
+        loads = partial(plgpu.Barrier, num_arrivals=1, num_barriers=slots)
+        used = {"num_arrivals": 2, "num_barriers": slots}
         shared = {"collective_axes": "cluster"} if cluster > 1 else {}
         given_back = (
             plgpu.ClusterBarrier(collective_axes=("cluster",), **used)
@@ -138,9 +141,9 @@ def _kernel(q, k, v, *seen):
         @partial(
             pl.run_scoped,
             q_smem=smem(QUERIES, H), out_smem=smem(QUERIES, H),
-            k_smem=smem(SLOTS, KEYS, H), v_smem=smem(SLOTS, KEYS, H),
+            k_smem=smem(slots, span, H), v_smem=smem(slots, span, H),
             lse_smem=plgpu.SMEM((2, ROWS), jnp.float32),
-            q_loaded=plgpu.Barrier(num_arrivals=1), k_loaded=slots(), v_loaded=slots(),
+            q_loaded=plgpu.Barrier(num_arrivals=1), k_loaded=loads(), v_loaded=loads(),
             q_used=plgpu.Barrier(num_arrivals=2), k_used=given_back, v_used=given_back,
             turn=plgpu.Barrier(num_arrivals=1, num_barriers=2),
             collective_axes="wg",
@@ -165,13 +168,13 @@ def _kernel(q, k, v, *seen):
                     plgpu.copy_gmem_to_smem(
                         q_gmem.at[b, queries, head], q_smem, q_loaded
                     )
-                    last = (i + 1) * (QUERIES // KEYS) - 1
+                    last = (i + 1) * (QUERIES // span) - 1
 
                     def step(t, _):
                         place = first_step + t
-                        slot, has_been = lax.rem(place, SLOTS), place >= SLOTS
-                        start = pl.multiple_of((last - t) * KEYS, KEYS)
-                        where = b, pl.ds(start, KEYS), lax.div(head, group)
+                        slot, has_been = lax.rem(place, slots), place >= slots
+                        start = pl.multiple_of((last - t) * span, span)
+                        where = b, pl.ds(start, span), lax.div(head, group)
                         for gmem, to, loaded, used in (
                             (k_gmem, k_smem, k_loaded, k_used),
                             (v_gmem, v_smem, v_loaded, v_used),
@@ -189,17 +192,17 @@ def _kernel(q, k, v, *seen):
 
                 def drain(place, _):
                     for used in (k_used, v_used):
-                        plgpu.barrier_wait(used.at[lax.rem(place, SLOTS)])
+                        plgpu.barrier_wait(used.at[lax.rem(place, slots)])
 
                 # A block must live until the other has given back to it.
-                lax.fori_loop(lax.max(total - SLOTS, 0), total, drain, None)
+                lax.fori_loop(lax.max(total - slots, 0), total, drain, None)
                 plgpu.barrier_wait(q_used)
 
             @pl.when(wg != 2)
             def _compute():
                 if REGISTERS_MOVE:
                     plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-                layout, shape = plgpu.Layout.WGMMA, (ROWS, KEYS)
+                layout, shape = plgpu.Layout.WGMMA, (ROWS, span)
                 own = pl.ds(pl.multiple_of(wg * ROWS, ROWS), ROWS)
 
                 def by_query(a, columns):
@@ -209,12 +212,12 @@ def _kernel(q, k, v, *seen):
                     """Return m with this step's scores, in base 2, and p."""
                     scale = H**-0.5 * LOG2_E
                     m = jnp.maximum(m, s.max(axis=1) * scale)
-                    return m, jnp.exp2(s * scale - by_query(m, KEYS))
+                    return m, jnp.exp2(s * scale - by_query(m, span))
 
                 def compute(before, first_step, b, i, head, steps):
                     start = i * QUERIES + wg * ROWS
                     queries = pl.ds(pl.multiple_of(start, ROWS), ROWS)
-                    last = (i + 1) * (QUERIES // KEYS) - 1
+                    last = (i + 1) * (QUERIES // span) - 1
                     if seen:
                         first = plgpu.load(
                             seen_gmems[0].at[b, queries], layout=layout.reduce(1),
@@ -227,24 +230,24 @@ def _kernel(q, k, v, *seen):
                             plgpu.broadcasted_iota(jnp.int32, shape, d, layout=layout)
                             for d in range(2)
                         )
-                        key += (last - t) * KEYS
+                        key += (last - t) * span
                         s = jnp.where(key <= query + start, s, -jnp.inf)
                         if seen:
-                            s = jnp.where(key >= by_query(first, KEYS), s, -jnp.inf)
+                            s = jnp.where(key >= by_query(first, span), s, -jnp.inf)
                         return s
 
                     def mask_if_cut(s, t):
                         """Mask a step if some query does not see some key."""
-                        diagonal = QUERIES // KEYS
+                        diagonal = QUERIES // span
                         if not seen and diagonal == 1:
                             return s
                         cut = t < diagonal
                         if seen:
-                            cut |= (last - t) * KEYS < highest
+                            cut |= (last - t) * span < highest
                         return lax.cond(cut, mask, lambda s, _: s, s, t)
 
                     def slot(t):
-                        return lax.rem(first_step + t, SLOTS)
+                        return lax.rem(first_step + t, slots)
 
                     def product_s(s_acc, t):
                         plgpu.barrier_wait(k_loaded.at[slot(t)])
@@ -254,7 +257,7 @@ def _kernel(q, k, v, *seen):
                     def product_out(out_acc, p, t):
                         plgpu.barrier_wait(turn.at[wg])
                         plgpu.barrier_wait(v_loaded.at[slot(t)])
-                        free = out_smem.at[own, pl.ds(0, KEYS)]
+                        free = out_smem.at[own, pl.ds(0, min(span, H))]
                         primitives.multiply(out_acc, p, v_smem.at[slot(t)], free)
 
                     def give_back(used, t):

@@ -13,9 +13,11 @@ which ignores it. Without it the forward pass is slower than cuDNN's, but for
 documents."""
 LOAD_REGISTERS, COMPUTE_REGISTERS = 24, 240
 """Of a thread, while three warpgroups share 65,536."""
+HEAD_SIZES = 64, 128
+"""That the kernels are written for."""
 SHORT = 8192
-"""The most tokens that a token sees at which the backward pass is known to be faster
-than cuDNN's where registers do not move; at 16,384 it is 3% slower."""
+"""The most tokens that a token sees at which the backward pass of heads of 128 is known
+to be faster than cuDNN's where registers do not move; at 16,384 it is 3% slower."""
 DETERMINISTIC = "xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops"
 """XLA's flags for runs that repeat to the last bit."""
 
@@ -26,8 +28,8 @@ def obstacle(q, *, causal, window, segmented, softcap) -> str | None:
         return reason
     if q.dtype != jnp.bfloat16:
         return f"takes bfloat16, not {q.dtype}"
-    if q.shape[-1] != 128:
-        return f"head size {q.shape[-1]} is not 128"
+    if q.shape[-1] not in HEAD_SIZES:
+        return f"head size {q.shape[-1]} is none of {HEAD_SIZES}"
     if q.shape[1] % 8:
         return f"T={q.shape[1]} is no multiple of 8"
     if softcap or not causal:
@@ -38,10 +40,16 @@ def obstacle(q, *, causal, window, segmented, softcap) -> str | None:
     return None
 
 
+def has_fast_forward(head_size: int) -> bool:
+    """Return whether the forward kernel is faster than cuDNN without documents."""
+    return REGISTERS_MOVE and head_size == 128
+
+
 def not_by_default(q, *, window, segmented, **_) -> str | None:
     """Return why cuDNN is chosen where the kernels could run too, or None."""
-    T = q.shape[1]
-    if not REGISTERS_MOVE and not segmented and min(T, window or T) > SHORT:
+    _, T, _, H = q.shape
+    slow = not REGISTERS_MOVE and H == 128 and not segmented
+    if slow and min(T, window or T) > SHORT:
         return f"on JAX 0.12 it is faster than cuDNN only up to {SHORT} tokens, T={T}"
     return None
 

@@ -16,10 +16,13 @@ ROWS = 64
 LOG2_E = math.log2(math.e)
 
 
-def smem(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
-    """Describe shared memory that TMA fills and wgmma reads."""
+def smem(*shape: int, dtype: Any = jnp.bfloat16, row_bytes: int = 128) -> Any:
+    """Describe shared memory that TMA fills and wgmma reads, in rows of so many bytes.
+
+    Both operands of a product need the same.
+    """
     _, plgpu = mm.pallas()
-    return plgpu.SMEM(shape, dtype, transforms=mm.swizzled(dtype))
+    return plgpu.SMEM(shape, dtype, transforms=mm.swizzled(dtype, row_bytes))
 
 
 def multiply(acc, a, b, free) -> None:
