@@ -5,8 +5,9 @@
 
 bfloat16 weights with stochastic rounding, AdamW with 8-bit moments, each layer updated
 in the backward pass. The planner picks what is kept of each layer, and the chunks, for
-the memory of the GPU that is there. One document a row, so that attention runs on
-cuDNN; a document longer than a row is cut. For more than the device holds, let layer
+the memory of the GPU that is there. One document a row; one longer than a row is cut.
+Short ones fill rows with `--data.packing`, at the cost of their own lengths on Hopper;
+elsewhere packed rows miss cuDNN's attention. For more than the device holds, let layer
 inputs go to host memory: `--train.host-memory 100GiB --data.seq-len 393216`; `mst-jax
 plan` says what fits before you have the GPU.
 
