@@ -121,7 +121,8 @@ def measure(repeats: int, chunk: int | None) -> list[tuple[Any, ...]]:
     loops = {"loops": {**COMMAND_BUFFERS["step"], UNROLL: False}}
     began = time.perf_counter()
     cfg, model = tiny_step(chunk)
-    fresh = jax.jit(lambda: init_train_state(cfg, init_params(model, 0)))
+    mesh = make_mesh(cfg.mesh)
+    fresh = jax.jit(lambda: init_train_state(cfg, init_params(model, 0), mesh))
     rng = np.random.default_rng(0)
     shape = (1, cfg.data.batch_size, cfg.data.seq_len + 1)
     texts = [rng.integers(0, model.vocab_size, shape, np.int32) for _ in range(4)]
@@ -134,7 +135,7 @@ def measure(repeats: int, chunk: int | None) -> list[tuple[Any, ...]]:
     def no_work(state, batch):
         return state | {"step": state["step"] + 1}, batch["tokens"].ravel()[0]
 
-    step = make_train_step(cfg, model, make_mesh(cfg.mesh))
+    step = make_train_step(cfg, model, mesh)
     rows = []
     nothing = jax.jit(no_work, donate_argnums=0)
     rows.append(("no work", *median_ms(nothing, state, batches, repeats)[:2], "", ""))

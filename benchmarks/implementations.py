@@ -29,7 +29,7 @@ from mst_jax.config import (
 )
 from mst_jax.model import init_params
 from mst_jax.sharding import make_mesh
-from mst_jax.train_step import init_train_state, make_train_step
+from mst_jax.train_step import abstract_state, init_train_state, make_train_step
 
 
 def step_config(
@@ -77,8 +77,10 @@ def main() -> None:
     def config(implementation: str) -> Config:
         return step_config(model, args.tokens, args.plan, implementation)
 
+    mesh = make_mesh(config("xla").mesh)
+
     def start():
-        return init_train_state(config("xla"), init_params(model, 0))
+        return init_train_state(config("xla"), init_params(model, 0), mesh)
 
     ids = jax.ShapeDtypeStruct((1, 1, args.tokens), jnp.int32)
     print(
@@ -89,10 +91,10 @@ def main() -> None:
     steps = {}
     for name, chosen in (("xla", "xla"), ("kernels", "auto")):
         cfg = config(chosen)
-        step = make_train_step(cfg, model, make_mesh(cfg.mesh))
+        step = make_train_step(cfg, model, mesh)
         began = time.perf_counter()
         batch = {"tokens": ids, "labels": ids}
-        steps[name] = step.lower(jax.eval_shape(start), batch).compile()
+        steps[name] = step.lower(abstract_state(cfg, model), batch).compile()
         calls = steps[name].as_text().count("mosaic_gpu_v2")
         gib = steps[name].memory_analysis().temp_size_in_bytes / 2**30
         print(

@@ -153,18 +153,15 @@ def one(row: Row, steps: int) -> dict:
 
     from mst_jax.model import init_params
     from mst_jax.sharding import make_mesh
-    from mst_jax.train_step import init_train_state, make_train_step
+    from mst_jax.train_step import abstract_state, init_train_state, make_train_step
 
     cfg, model = config(row), PRESETS[row.preset]
-
-    def start():
-        return init_train_state(cfg, init_params(model, 0))
-
-    state = jax.eval_shape(start)
+    mesh = make_mesh(cfg.mesh)
     shape = jax.ShapeDtypeStruct((1, 1, row.tokens), jnp.int32)
-    step = make_train_step(cfg, model, make_mesh(cfg.mesh))
+    step = make_train_step(cfg, model, mesh)
     began = time.perf_counter()
-    compiled = step.lower(state, {"tokens": shape, "labels": shape}).compile()
+    batch = {"tokens": shape, "labels": shape}
+    compiled = step.lower(abstract_state(cfg, model), batch).compile()
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
     device = memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -173,7 +170,7 @@ def one(row: Row, steps: int) -> dict:
         "host_GiB": round(memory.host_temp_size_in_bytes / GIB, 2),
         "compile_s": round(seconds),
     }
-    state = jax.jit(start)()
+    state = jax.jit(lambda: init_train_state(cfg, init_params(model, 0), mesh))()
     key = jax.random.key(0)
     tokens = jax.random.randint(key, shape.shape, 0, model.vocab_size)
     batch = {"tokens": tokens, "labels": jnp.roll(tokens, -1, -1)}

@@ -47,9 +47,10 @@ def run(name: str, model: Any, tokens: int, steps: int) -> dict[str, Any]:
     from mst_jax.train_step import init_train_state, make_train_step
 
     cfg = step_config(model, tokens, **VARIANTS[name])
-    state = jax.jit(lambda: init_train_state(cfg, init_params(model, 0)))()
+    mesh = make_mesh(cfg.mesh)
+    state = jax.jit(lambda: init_train_state(cfg, init_params(model, 0), mesh))()
     batch = random_batch(model, tokens)
-    step = make_train_step(cfg, model, make_mesh(cfg.mesh))
+    step = make_train_step(cfg, model, mesh)
     compiled = step.lower(state, batch).compile()
     memory = compiled.memory_analysis()
     times, losses = [], []

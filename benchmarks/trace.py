@@ -50,6 +50,7 @@ def trace_steps(args: argparse.Namespace, keep: Path) -> list[Path]:
 
     from mst_jax.config import PRESETS
     from mst_jax.model import init_params
+    from mst_jax.sharding import make_mesh
     from mst_jax.train_step import init_train_state
 
     if jax.default_backend() != "gpu":
@@ -86,7 +87,7 @@ def trace_steps(args: argparse.Namespace, keep: Path) -> list[Path]:
             command_buffers="off",
         )  # fmt: skip
         if state is None:
-            fresh = partial(init_train_state, cfg)
+            fresh = partial(init_train_state, cfg, mesh=make_mesh(cfg.mesh))
             state = jax.jit(lambda fresh=fresh: fresh(init_params(model, 0)))()
         path = keep / f"step-{tokens}.xplane.pb.gz"
         state, measured = trace_one(cfg, model, state, path)

@@ -121,21 +121,17 @@ def export(args: Export) -> None:
     Raises:
         ValueError, FileNotFoundError: no whole checkpoint, or `out` is not empty.
     """
-    import jax
-
     from mst_jax import hf
     from mst_jax.checkpoint import Checkpoints
-    from mst_jax.model import init_params
-    from mst_jax.train_step import init_train_state
+    from mst_jax.train_step import abstract_state
 
     directory, step = _find_checkpoint(args.checkpoint)
     checkpoints = Checkpoints(directory, keep=1)
     extra = checkpoints.extra(step)
     cfg = from_dict(extra["config"])
     model = from_dict(extra["model"], ModelConfig)
-    abstract = jax.eval_shape(lambda: init_train_state(cfg, init_params(model, 0)))
     # The optimizer's moments stay on the disk: there may be no room for them here.
-    params = {"params": abstract["params"]}
+    params = {"params": abstract_state(cfg, model)["params"]}
     restored = checkpoints.restore(params, step, partial=True)
     assert restored is not None  # extra() has found one
     step, state, _ = restored

@@ -105,9 +105,8 @@ def _compile(cfg: Config, model: ModelConfig, gpu: Gpu) -> dict[str, int | str]:
 
     import mst_jax.ops.attention.api as attention
     import mst_jax.ops.matmul.mosaic_gpu as kernels
-    from mst_jax.model import init_params
     from mst_jax.sharding import make_mesh
-    from mst_jax.train_step import init_train_state, make_train_step
+    from mst_jax.train_step import abstract_state, make_train_step
 
     # They ask this process's device, which is a CPU.
     attention._capability = kernels._capability = lambda: gpu.capability
@@ -122,7 +121,7 @@ def _compile(cfg: Config, model: ModelConfig, gpu: Gpu) -> dict[str, int | str]:
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree
         )
 
-    state = jax.eval_shape(lambda: init_train_state(cfg, init_params(model, 0)))
+    state = abstract_state(cfg, model)
     names = ["tokens", "labels"]
     names += ["segment_ids", "positions"] if cfg.data.packing else []
     shape = cfg.train.accumulate, cfg.data.batch_size, cfg.data.seq_len

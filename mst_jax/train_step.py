@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -28,6 +29,7 @@ from mst_jax.gradients import (
     forward,
 )
 from mst_jax.layerwise import step_in_backward
+from mst_jax.model import init_params
 from mst_jax.optim import (
     at,
     clip_factor,
@@ -61,8 +63,28 @@ COMMAND_BUFFERS: dict[str, dict[str, str | bool]] = {
 """XLA's options for each of `TrainConfig.command_buffers`; other backends have none."""
 
 
-def init_train_state(cfg: Config, params: Any) -> State:
-    """Return the state of step 0 for these parameters. Jit it with donation."""
+def init_train_state(cfg: Config, params: Any, mesh: Mesh) -> State:
+    """Return the state of step 0 for these parameters, where the step keeps it.
+
+    A step whose state came from elsewhere would be compiled again for its own result.
+    Inside a jit every leaf is made in place; outside, moved there. The first step
+    donates the state, and `params` with it where they were in place already.
+    """
+    state = _first_state(cfg, params)
+    shardings = state_shardings(state, mesh, on_host=cfg.optim.state_on_host)
+    state = jax.device_put(state, shardings)
+    if isinstance(state["step"], Tracer):
+        # Inside a jit device_put chooses the memory, and this the device.
+        state = jax.lax.with_sharding_constraint(state, shardings)
+    return state
+
+
+def abstract_state(cfg: Config, model: ModelConfig) -> State:
+    """Return shapes and dtypes of a state, without a device."""
+    return jax.eval_shape(lambda: _first_state(cfg, init_params(model, 0)))
+
+
+def _first_state(cfg: Config, params: Any) -> State:
     params = jax.tree.map(lambda p: p.astype(cfg.optim.param_dtype), params)
     trained, _ = split_frozen(params, cfg.optim.freeze)
     opt = init_state(make_optimizer(cfg.optim, cfg.train.steps), trained)
@@ -205,7 +227,11 @@ def make_train_step(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...
             "grad_norm": norm,
             "learning_rate": jnp.float32(schedule(state["step"])),
         }
-        return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics
+        state = {"params": params, "opt": opt, "step": state["step"] + 1}
+        if mesh.size > 1:  # XLA splits what it likes, scales of int8 moments for one
+            shardings = state_shardings(state, mesh)
+            state = jax.lax.with_sharding_constraint(state, shardings)
+        return state, metrics
 
     # XLA's own rematerialization counts arrays in host memory as the device's, and then
     # computes matrix products twice. Its asynchronous copies within the device share

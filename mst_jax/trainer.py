@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from mst_jax.optim import check_frozen
 from mst_jax.sharding import check_divisible, make_mesh, named, param_specs
 from mst_jax.train_step import (
     BATCH_SPEC,
+    abstract_state,
     init_train_state,
     make_eval_step,
     make_train_step,
@@ -143,11 +145,7 @@ class _Run:
 
     def initial_state(self) -> tuple[int, Any]:
         """Return (step, state): resumed, from the HF checkpoint, or fresh."""
-
-        def fresh():
-            return init_train_state(self.cfg, init_params(self.model, self._seed))
-
-        abstract = jax.eval_shape(fresh)
+        abstract = abstract_state(self.cfg, self.model)
         on_host = self.cfg.optim.state_on_host
         shardings = state_shardings(abstract, self.mesh, on_host=on_host)
         abstract = jax.tree.map(
@@ -161,8 +159,10 @@ class _Run:
             self.iterator.set_state(extra["data"])
             self.console.print(f"resumed from step {step} of {self.out}")
             return step, state
+        start = partial(init_train_state, self.cfg, mesh=self.mesh)
         if self.source is None:
-            return 0, jax.jit(fresh, out_shardings=shardings)()
+            seed = self.cfg.train.seed
+            return 0, jax.jit(lambda: start(init_params(self.model, seed)))()
         began = time.perf_counter()
         params = hf.load_params(
             self.source,
@@ -177,16 +177,7 @@ class _Run:
             f"read {size:.2f} GiB of weights in {seconds:.1f} s", highlight=False
         )
         self.loaded = {"load_seconds": seconds, "load_bytes": int(size * 2**30)}
-        start = jax.jit(
-            lambda p: init_train_state(self.cfg, p),
-            donate_argnums=0,
-            out_shardings=shardings,
-        )
-        return 0, start(params)
-
-    @property
-    def _seed(self) -> int:
-        return self.cfg.train.seed
+        return 0, jax.jit(start, donate_argnums=0)(params)
 
     def save(self, step: int, state: Any) -> None:
         source = str(self.source.absolute()) if self.source else None

@@ -13,11 +13,10 @@ from mst_jax.compile_cache import CompileCache
 from mst_jax.config import PRESETS, Config, DataConfig, TrainConfig
 from mst_jax.data import load_data
 from mst_jax.description import describe, implementations
-from mst_jax.model import init_params
 from mst_jax.ops import linear_cross_entropy, matmul, swiglu
 from mst_jax.ops.swiglu import xla
 from mst_jax.sharding import make_mesh
-from mst_jax.train_step import init_train_state, make_eval_step, make_train_step
+from mst_jax.train_step import abstract_state, make_eval_step, make_train_step
 
 MODEL = PRESETS["tiny"]
 CACHE = CompileCache(None, "a test")
@@ -162,8 +161,7 @@ def test_what_is_said_of_the_mlp_is_what_runs(
         monkeypatch.setitem(swiglu.api._HOW, which, SimpleNamespace(**forms))
     # The head's kernels would be lowered here, and this machine has none.
     monkeypatch.setattr(linear_cross_entropy.api, "device_obstacle", lambda *_: "none")
-    params = jax.eval_shape(lambda: init_params(MODEL, 0))
-    state = jax.eval_shape(lambda p: init_train_state(cfg, p), params)
+    state = abstract_state(cfg, MODEL)
     batch = dict.fromkeys(
         ("tokens", "labels"), jax.ShapeDtypeStruct((1, 1, length), jnp.int32)
     )
@@ -175,7 +173,7 @@ def test_what_is_said_of_the_mlp_is_what_runs(
     assert said[0] == name
     trained = dict(ran)
     ran.clear()
-    jax.eval_shape(make_eval_step(cfg, MODEL, mesh), params, batch)
+    jax.eval_shape(make_eval_step(cfg, MODEL, mesh), state["params"], batch)
     assert ran == trained
 
 

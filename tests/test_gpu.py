@@ -34,7 +34,6 @@ from mst_jax.train_step import (
     init_train_state,
     make_gradients,
     make_train_step,
-    state_shardings,
 )
 
 pytestmark = pytest.mark.gpu
@@ -381,8 +380,9 @@ def test_long_train_step_learns():
         train=TrainConfig(steps=3),
     )  # fmt: skip
     batch = {k: v[None] for k, v in make_batch(T).items()}
-    state = jax.jit(lambda: init_train_state(cfg, init_params(model, 0)))()
-    step = make_train_step(cfg, model, make_mesh(cfg.mesh))
+    mesh = make_mesh(cfg.mesh)
+    state = jax.jit(lambda: init_train_state(cfg, init_params(model, 0), mesh))()
+    step = make_train_step(cfg, model, mesh)
     losses = []
     for _ in range(3):
         state, metrics = step(state, batch)
@@ -433,12 +433,8 @@ def test_optimizer_state_on_the_host_changes_nothing():
             train=TrainConfig(steps=2, plan="offload", head_groups=2),
         )  # fmt: skip
         mesh = make_mesh(cfg.mesh)
-
-        def start(cfg=cfg):
-            return init_train_state(cfg, init_params(model, 0))
-
-        shardings = state_shardings(jax.eval_shape(start), mesh, on_host=on_host)
-        state = jax.jit(start, out_shardings=shardings)()
+        fresh = partial(init_train_state, cfg, mesh=mesh)
+        state = jax.jit(lambda fresh=fresh: fresh(init_params(model, 0)))()
         step = make_train_step(cfg, model, mesh)
         for _ in range(2):
             state, metrics = step(state, batch)
@@ -460,12 +456,7 @@ def test_a_save_is_of_its_step_while_the_next_ones_run(tmp_path, on_host):
         ),
     )
     batch = {k: v[None] % model.vocab_size for k, v in make_batch(1024).items()}
-
-    def start():
-        return init_train_state(cfg, init_params(model, 0))
-
-    shardings = state_shardings(jax.eval_shape(start), mesh, on_host=on_host)
-    state = jax.jit(start, out_shardings=shardings)()
+    state = jax.jit(lambda: init_train_state(cfg, init_params(model, 0), mesh))()
     step = make_train_step(cfg, model, mesh)
     state, _ = step(state, batch)
     want = jax.tree.map(np.array, state)

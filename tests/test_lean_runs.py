@@ -48,8 +48,9 @@ def curve(**optim):
         train=TrainConfig(steps=STEPS, compute_dtype="float32"),
     )
     batches = load_data(cfg.data, MODEL.vocab_size).train_iterator()
-    state = init_train_state(cfg, init_params(MODEL, 0))
-    step = make_train_step(cfg, MODEL, make_mesh(cfg.mesh))
+    mesh = make_mesh(cfg.mesh)
+    state = init_train_state(cfg, init_params(MODEL, 0), mesh)
+    step = make_train_step(cfg, MODEL, mesh)
     found = []
     for _ in range(STEPS):
         batch = jax.tree.map(lambda a: a[None], next(batches))

@@ -338,7 +338,8 @@ def test_8_training_keeps_nothing_wider_than_a_chunk():
 
 @pytest.mark.parametrize("model", [MODEL, TIED], ids=["untied", "tied"])
 def test_9_saving_keeps_the_head(tmp_path, model):
-    state = init_train_state(Config(model=model), params_of(model))
+    mesh = make_mesh(MeshConfig())
+    state = init_train_state(Config(model=model), params_of(model), mesh)
     with Checkpoints(tmp_path / "run", keep=1) as checkpoints:
         checkpoints.save(1, state, {})
     found = Checkpoints(tmp_path / "run", keep=1).restore(jax.eval_shape(lambda: state))

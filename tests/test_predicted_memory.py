@@ -14,11 +14,10 @@ from test_planner import H200, LLAMA, SMALL, config
 from mst_jax.compile_only import compile_step
 from mst_jax.config import PRESETS, DataConfig, MeshConfig
 from mst_jax.gpus import GPUS
-from mst_jax.model import init_params
 from mst_jax.planner import PURE
 from mst_jax.prediction import GIB, predict
 from mst_jax.step_memory import WORKSPACE
-from mst_jax.train_step import init_train_state
+from mst_jax.train_step import abstract_state
 
 # --- predictions ---
 
@@ -38,7 +37,7 @@ from mst_jax.train_step import init_train_state
 @pytest.mark.parametrize("name", ["tiny", "llama32_1b"])
 def test_state_is_the_real_state(name, optim):
     cfg = config(model=PRESETS[name], optim=optim)
-    state = jax.eval_shape(lambda: init_train_state(cfg, init_params(cfg.model, 0)))
+    state = abstract_state(cfg, cfg.model)
     real = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     predicted = sum(predict(cfg, cfg.model, H200).state.values())
     assert predicted == pytest.approx(real, abs=4096)  # counters

@@ -204,8 +204,9 @@ def train(kind, plan, optim, steps=3, **options):
     """Return the last state and the metrics of every step."""
     options = {"head_groups": 2, "mlp_chunk_size": 25, **options}
     cfg = config(kind, (1, 1), optim, plan=plan, **options)
-    state = init_train_state(cfg, make_params(kind))
-    step = make_train_step(cfg, MODELS[kind], make_mesh(cfg.mesh))
+    mesh = make_mesh(cfg.mesh)
+    state = init_train_state(cfg, make_params(kind), mesh)
+    step = make_train_step(cfg, MODELS[kind], mesh)
     batches = [make_batch(kind, seed) for seed in range(steps)]
     compiled = step.lower(state, batches[0]).compile(compiler_options=SAME_BITS)
     history = []

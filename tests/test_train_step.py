@@ -19,11 +19,11 @@ from mst_jax.model import init_params
 from mst_jax.optim import make_schedule, stochastic_round
 from mst_jax.sharding import make_mesh, named, param_specs
 from mst_jax.train_step import (
+    abstract_state,
     init_train_state,
     make_eval_step,
     make_gradients,
     make_train_step,
-    state_shardings,
 )
 
 MODEL = ModelConfig(
@@ -61,6 +61,13 @@ def gradients(cfg, batch, params=None):
     return jax.jit(make_gradients(cfg, cfg.model, mesh))(params, batch)
 
 
+def start(cfg, params=None):
+    """Return (step, state of step 0)."""
+    mesh = make_mesh(cfg.mesh)
+    params = init_params(cfg.model, 0) if params is None else params
+    return make_train_step(cfg, cfg.model, mesh), init_train_state(cfg, params, mesh)
+
+
 def assert_close(got, want, tolerance=2e-5):
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
@@ -71,12 +78,10 @@ def assert_close(got, want, tolerance=2e-5):
 
 
 def test_all_masked_step_changes_nothing():
-    cfg = config()
     batch = make_batch()
     batch["labels"] = jnp.full_like(batch["labels"], -100)
-    state = init_train_state(cfg, init_params(MODEL, 0))
-    before = jax.tree.map(np.asarray, state["params"])
-    step = make_train_step(cfg, MODEL, make_mesh(cfg.mesh))
+    step, state = start(config(optim={"learning_rate": 1e-2}, steps=12))
+    before = jax.tree.map(np.array, state["params"])
     state, metrics = step(state, batch)
     assert metrics["loss"] == 0 and metrics["tokens"] == 0
     jax.tree.map(np.testing.assert_array_equal, state["params"], before)
@@ -94,11 +99,7 @@ def test_sharded_step_and_state():
     cfg = config(mesh=(2, 4), optim={"param_dtype": "bfloat16"})
     mesh = make_mesh(cfg.mesh)
 
-    def create():
-        return init_train_state(cfg, init_params(MODEL, 0))
-
-    shardings = state_shardings(jax.eval_shape(create), mesh)
-    state = jax.jit(create, out_shardings=shardings)()
+    state = jax.jit(lambda: init_train_state(cfg, init_params(MODEL, 0), mesh))()
     w_gate = state["params"]["layers"]["mlp"]["w_gate"]
     assert w_gate.addressable_shards[0].data.shape == (2, 8, 48)
     moments = [
@@ -114,10 +115,55 @@ def test_sharded_step_and_state():
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     assert losses[2] < losses[0]
-    single = config(optim={"param_dtype": "bfloat16"})
-    other = init_train_state(single, init_params(MODEL, 0))
-    _, first = make_train_step(single, MODEL, make_mesh(single.mesh))(other, batch)
+    single, other = start(config(optim={"param_dtype": "bfloat16"}))
+    _, first = single(other, batch)
     assert abs(float(first["loss"]) - losses[0]) < 1e-4
+
+
+@pytest.fixture
+def lowered():
+    """Collect the name of every function that JAX compiles."""
+    names = []
+
+    def listen(event, seconds, **about):
+        del seconds
+        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+            names.append(about["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+LEAN = {"moment_dtype": "int8", "state_on_host": True}
+
+
+@pytest.mark.parametrize(
+    "mesh, optim",
+    [
+        ((1, 1), {}),
+        ((1, 1), {**LEAN, "in_backward": True, "clip": "layer"}),
+        ((2, 1), {}),
+        ((1, 2), LEAN),
+    ],
+)
+def test_all_steps_are_one_program(lowered, mesh, optim):
+    cfg = config(mesh=mesh, optim=optim)
+    mesh = make_mesh(cfg.mesh)
+
+    def fresh():
+        return init_train_state(cfg, init_params(MODEL, 0), mesh)
+
+    step = make_train_step(cfg, MODEL, mesh)
+    for first in (fresh, jax.jit(fresh)):
+        state = first()
+        places = jax.tree.map(lambda a: a.sharding, state)
+        for _ in range(2):
+            state, _ = step(state, make_batch())
+        for leaf, place in zip(*map(jax.tree.leaves, (state, places)), strict=True):
+            assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+            assert leaf.sharding.memory_kind == place.memory_kind
+    assert lowered.count("jit(step)") == 1
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
@@ -125,9 +171,7 @@ def test_sharded_step_and_state():
 def test_optimizers_learn(name, dtype):
     rate = {"sgd": 1.0, "lion": 3e-3}.get(name, 1e-2)
     optim = {"name": name, "learning_rate": rate, "param_dtype": dtype}
-    cfg = config(optim=optim, steps=12)
-    state = init_train_state(cfg, init_params(MODEL, 0))
-    step = make_train_step(cfg, MODEL, make_mesh(cfg.mesh))
+    step, state = start(config(optim=optim, steps=12))
     batch = make_batch()
     losses = []
     for _ in range(12):
@@ -151,10 +195,14 @@ def test_adamw_is_optax_on_the_whole_tree():
         optax.adamw(cfg.optim.learning_rate, b2=0.95, weight_decay=0.1, mask=mask),
     )
     grads = jax.tree.map(lambda g: g / count, grads)
-    updates, _ = tx.update(grads, tx.init(params), params)
-    want = optax.apply_updates(params, updates)
-    state = init_train_state(cfg, params)
-    step = make_train_step(cfg, MODEL, make_mesh(cfg.mesh))
+
+    @jax.jit
+    def updated(params, grads):
+        updates, _ = tx.update(grads, tx.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    want = updated(params, grads)
+    step, state = start(cfg, params)
     state, metrics = step(state, batch)
     for a, b in zip(*map(jax.tree.leaves, (state["params"], want)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -174,11 +222,9 @@ def test_stochastic_rounding_is_unbiased():
 def test_small_updates_do_not_vanish_in_bf16():
     # Plain bf16 updates at this learning rate leave every weight as it was.
     optim = {"learning_rate": 1e-5, "param_dtype": "bfloat16", "schedule": "constant"}
-    cfg = config(optim=optim)
-    state = init_train_state(cfg, init_params(MODEL, 0))
+    step, state = start(config(optim=optim))
     before = np.asarray(state["params"]["final_norm"]["scale"], np.float32)
     w = np.asarray(state["params"]["lm_head"]["kernel"], np.float32)
-    step = make_train_step(cfg, MODEL, make_mesh(cfg.mesh))
     for _ in range(20):
         state, _ = step(state, make_batch())
     assert (np.asarray(state["params"]["lm_head"]["kernel"], np.float32) != w).any()
@@ -204,7 +250,7 @@ def test_eval_needs_less_memory_than_a_step():
         cfg, train=dataclasses.replace(cfg.train, compute_dtype="bfloat16")
     )
     mesh = make_mesh(cfg.mesh)
-    state = jax.eval_shape(lambda: init_train_state(cfg, init_params(model, 0)))
+    state = abstract_state(cfg, model)
     ids = jax.ShapeDtypeStruct((1, 1, 256), jnp.int32)
     batch = {"tokens": ids, "labels": ids}
 

@@ -30,7 +30,7 @@ from mst_jax.config import (
 )
 from mst_jax.metrics import read_metrics
 from mst_jax.model import init_params
-from mst_jax.train_step import init_train_state
+from mst_jax.train_step import abstract_state
 from mst_jax.trainer import NonFiniteLossError, train
 
 ROOT = Path(__file__).parent.parent
@@ -108,7 +108,7 @@ def losses(cfg):
 
 
 def final_params(cfg):
-    abstract = jax.eval_shape(lambda: init_train_state(cfg, init_params(cfg.model, 0)))
+    abstract = abstract_state(cfg, cfg.model)
     restored = Checkpoints(Path(cfg.out_dir) / "checkpoints", keep=9).restore(abstract)
     assert restored is not None
     return restored[0], jax.tree.map(np.asarray, restored[1]["params"])
@@ -313,7 +313,7 @@ def test_hf_in_and_out(tmp_path):
     from mst_jax.hf_config import model_config_from_hf
 
     shape = model_config_from_hf(tmp_path / "hf")
-    abstract = jax.eval_shape(lambda: init_train_state(cfg, init_params(shape, 0)))
+    abstract = abstract_state(cfg, shape)
     directory = Path(summary["checkpoint"]).parent
     _, state, _ = Checkpoints(directory, keep=2).restore(abstract)
     kernel = np.asarray(state["params"]["layers"]["mlp"]["w_gate"][1], np.float32)

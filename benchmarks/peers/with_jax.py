@@ -22,7 +22,7 @@ from mst_jax import memory
 from mst_jax.config import PRESETS, Config, DataConfig, OptimConfig, TrainConfig
 from mst_jax.planner import default_budget
 from mst_jax.sharding import make_mesh
-from mst_jax.train_step import init_train_state, make_train_step
+from mst_jax.train_step import abstract_state, init_train_state, make_train_step
 
 GIB = 2**30
 PLANS = {
@@ -64,10 +64,11 @@ def make_config(job: dict[str, Any]) -> Config:
 def measure(cfg: Config, job: dict[str, Any]) -> dict[str, Any]:
     """Compile the step and time it: at least two steps, more while they are short."""
     model, tokens = PRESETS[job["preset"]], cfg.data.seq_len
-    step = make_train_step(cfg, model, make_mesh(cfg.mesh))
+    mesh = make_mesh(cfg.mesh)
+    step = make_train_step(cfg, model, mesh)
 
     def start():
-        return init_train_state(cfg, weights.jax_params(model))
+        return init_train_state(cfg, weights.jax_params(model), mesh)
 
     ids = weights.token_ids(tokens, model.vocab_size)
     batch = {
@@ -75,7 +76,7 @@ def measure(cfg: Config, job: dict[str, Any]) -> dict[str, Any]:
         "labels": jnp.asarray(np.append(ids[1:], np.int32(-100)))[None, None],
     }
     began = time.perf_counter()
-    compiled = step.lower(jax.eval_shape(start), batch).compile()
+    compiled = step.lower(abstract_state(cfg, model), batch).compile()
     compile_seconds = time.perf_counter() - began
     size = compiled.memory_analysis()
     state = jax.jit(start)()
