@@ -22,9 +22,11 @@ def code_cells(path):
 
 @notebooks
 def test_runs(path, monkeypatch):
-    # A kernel of this very Python, whatever kernels the machine has registered, and
-    # without the virtual devices of conftest.py.
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    # A kernel of this very Python, whatever kernels the machine has registered,
+    # compiled as fast as the tests but without the virtual devices of conftest.py.
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    flags = [f for f in flags if not f.startswith("--xla_force_host_platform")]
+    monkeypatch.setenv("XLA_FLAGS", " ".join(flags))
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     kernel = AsyncKernelManager(kernel_name="python3")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -45,7 +46,7 @@ def text_file(directory):
     return path
 
 
-def config(directory, out="run", **train):
+def config(directory, out="run", schedule="cosine", **train):
     options = {"steps": STEPS, "save_every": 2, "eval_every": 4, "eval_batches": 1}
     return Config(
         model=ModelConfig(
@@ -54,11 +55,15 @@ def config(directory, out="run", **train):
         ),
         out_dir=str(directory / out),
         data=DataConfig(source=str(text_file(directory)), seq_len=64, batch_size=2),
-        optim=OptimConfig(warmup_steps=2, learning_rate=1e-2),
+        optim=OptimConfig(warmup_steps=2, learning_rate=1e-2, schedule=schedule),
         train=TrainConfig(
             **{**options, "compute_dtype": "float32", "mlp_chunk_size": 24, **train}
         ),
     )  # fmt: skip
+
+
+# At a constant rate the program does not depend on the number of steps.
+in_process = partial(config, schedule="constant")
 
 
 def recipe(cfg, path):
@@ -75,7 +80,11 @@ def start(cfg, directory):
     path = recipe(cfg, directory / f"{Path(cfg.out_dir).name}.py")
     flags = os.environ["XLA_FLAGS"].split()
     flags = [f for f in flags if not f.startswith("--xla_force_host_platform")]
-    env = {**os.environ, "XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)}
+    # tensorboardX would import torch, three seconds in each of these processes.
+    (directory / "without").mkdir(exist_ok=True)
+    (directory / "without" / "torch.py").write_text("raise ImportError")
+    paths = f"{directory / 'without'}{os.pathsep}{ROOT}"
+    env = {**os.environ, "XLA_FLAGS": " ".join(flags), "PYTHONPATH": paths}
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), "--config", str(path)],
         env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -214,7 +223,7 @@ def test_a_stopped_run_does_not_save_what_is_not_finite(tmp_path, monkeypatch):
 
 
 def test_evaluations_do_not_wait_for_a_logged_step(tmp_path):
-    cfg = config(tmp_path, log_every=3, eval_every=2, save_every=0, steps=7)
+    cfg = in_process(tmp_path, log_every=3, eval_every=2, save_every=0, steps=7)
     train(cfg)
     rows = read_metrics(Path(cfg.out_dir) / "metrics.jsonl")
     assert [r["step"] for r in rows if "eval_loss" in r] == [2, 4, 6, 7]
@@ -265,7 +274,7 @@ def test_another_run_in_the_same_directory_is_refused(whole, part, change, messa
 
 
 def test_other_data_behind_the_same_name_is_refused(tmp_path):
-    cfg = config(tmp_path, steps=3)
+    cfg = in_process(tmp_path, steps=3)
     train(cfg)
     path = Path(cfg.data.source)
     path.write_text(path.read_text() + " more")
@@ -275,7 +284,7 @@ def test_other_data_behind_the_same_name_is_refused(tmp_path):
 
 
 def test_a_run_of_another_version_is_told_apart(tmp_path, monkeypatch):
-    cfg = config(tmp_path, steps=3)
+    cfg = in_process(tmp_path, steps=3)
     train(cfg)
     extra = Checkpoints.extra
 
@@ -468,11 +477,8 @@ def test_mistyped_option_is_suggested(capsys):
 
 @pytest.mark.parametrize("steps", [8, 4, 1])  # the last two end before three traced
 def test_profile_writes_a_trace(tmp_path, steps):
-    cfg = config(tmp_path, save_every=0, steps=steps)
-    cfg = dataclasses.replace(
-        cfg, profile=True, optim=dataclasses.replace(cfg.optim, warmup_steps=0)
-    )
-    train(cfg)
+    cfg = in_process(tmp_path, save_every=0, steps=steps)
+    train(dataclasses.replace(cfg, profile=True))
     assert list((Path(cfg.out_dir) / "profile").rglob("*.xplane.pb"))
 
 
