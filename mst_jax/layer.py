@@ -91,6 +91,10 @@ def layer_backward(
             out, lse, _ = _attend(p, x, ctx, kept=kept)
         kept |= {"out": out, "lse": lse}
     d_mlp, d_mlp_norm, dwo, dh = _after_backward(p, kept, dy, ctx)
+    if loop_chunks(x.shape[1], ctx.chunk_size)[0] == x.shape[1]:
+        # Without a loop XLA's scheduler puts off the MLP's weight gradients, and
+        # [T, F] arrays wait for them through attention: 2 GiB at 65,536 tokens of 8B.
+        d_mlp, dwo, dh = jax.lax.optimization_barrier((d_mlp, dwo, dh))
     dq, dk, dv = _attend_backward(p, kept, dh, ctx)
     d_norm, d_attention, dx = _before_backward(p, x, (dq, dk, dv), dh, ctx)
     return {

@@ -82,6 +82,10 @@ def _forward(options: Options, x_MBCD, weight, labels_MBC, weights_MBC):
         (zeros(), zeros(*weight.shape) if wants_weight else None),
         (x_MBCD, labels_MBC.value, weights_MBC.value),
     )
+    if dx_MBCD is not None and dweight is not None:
+        # Of one chunk XLA would compute dx after the weight's update, from a copy of
+        # the weight, with the logits there while the sum is rounded: 1 GiB of 8B's.
+        dx_MBCD, dweight = jax.lax.optimization_barrier((dx_MBCD, dweight))
     dweight = None if dweight is None else how.finish(options, dweight, V)
     return total, (dx_MBCD, dweight, dtype, losses_MBC)
 
