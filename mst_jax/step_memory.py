@@ -5,8 +5,9 @@ and w the bytes of an activation and of a weight, n = B T tokens and a layer of
 W = D (N + 2 K) H + N H D + 3 D F weights, the phases hold in bytes
 
     head       residuals + n (3 a D + 4 H) + 4 D V + C V (4 + a)
-      its sum  residuals + n (a D + 4 H) + 4 D V + w D V
+      its sum  residuals + n (2 a D + 4 H) + 4 D V + w D V
     MLP        residuals + sequences + 2 n a K H + C a (6 F + 2 D) + 12 D F + layer
+      whole    residuals + sequences + n a (3 F + 3 D) + layer
     attention  residuals + sequences + n A / head_groups + workspace + 12 D F + layer
     update     4 V D + n a D
     sequences  n (a (2 D + N H) + 4 (N + H))
@@ -21,13 +22,18 @@ with A a token's arrays and workspace in
     Hopper's kernel, XLA    A = a (N H + 4 K H) + 4 N H      0
 
 and whatever is recomputed, kept or waits for its use besides: see the functions. With
-Hopper's kernels (4 + a) is a, and 6 F is 4 F, of a whole sequence 3.5 F. The terms are
-those of `layer.py` and `gradients.py`, held against the buffers that XLA assigns. Of 43
-compiled steps (Llama3-8B at 16,384 to 1,048,576 tokens, Llama 3.2 1B at 8,192 to
-321,536; every preset, mixtures, all optimizers, T4 to B200; JAX 0.12, three on 0.11.2)
-all peaks are within 3.1%, 33 within 0.5%. Since then chunks that do not divide the
-length are predicted too high, in one step of 460,800 tokens by 6.7%, and Llama 3.2 1B
-on the kernels by up to 5.2% (docs/LOG.md).
+Hopper's kernels (4 + a) is a, 6 F is 4 F, and a whole sequence has the row of its own;
+with XLA's products it has no 12 D F. The terms are those of `layer.py` and
+`gradients.py`, held against the buffers that XLA assigns. Where versions differ, the
+larger is predicted: of a whole sequence that computes h = x + out W_o again, 0.11.2
+holds h and out W_o apart, and 0.12 up to 2.4% less. Llama3-8B's steps of 8,192 to
+131,072 tokens in docs/benchmarks are within 0.5% on 0.11.2.
+
+Of 43 compiled steps before those (Llama3-8B at 16,384 to 1,048,576 tokens, Llama 3.2 1B
+at 8,192 to 321,536; every preset, mixtures, all optimizers, T4 to B200; JAX 0.12, three
+on 0.11.2) all peaks are within 3.1%, 33 within 0.5%. Since then chunks that do not
+divide the length are predicted too high, in one step of 460,800 tokens by 6.7%, and
+Llama 3.2 1B on the kernels by up to 5.2% (docs/LOG.md).
 
 cuDNN's workspace is measured on an H200, packed on an H100, and assumed elsewhere; a
 compilation without a device leaves it out.
@@ -181,8 +187,9 @@ class StepMemory:
         if self.head_kernels and self.model.tie_embeddings and self.C_loss < self.n:
             copies += self.a * self.V * self.D  # [D, V], as the kernels take it
         chunk = self.n * 2 * self.a * self.D + self.C_loss * self.V * logits
-        # After the chunks their sum is rounded to the head's dtype: both exist.
-        rounded = self.w * trained if self.w < 4 else 0
+        # After the chunks their sum is rounded to the head's dtype: both exist, and the
+        # gradient of y.
+        rounded = self.w * trained + self.n * self.a * self.D if self.w < 4 else 0
         tokens = self.n * (self.a * self.D + 4 * self.H)
         held = (
             4 * (self.trained["embed"] + self.trained["lm_head"]) + self.layer_gradients
@@ -236,23 +243,28 @@ class StepMemory:
 
     def _mlp_backward(self, group: LayerGroup) -> dict[str, int]:
         a, kept, groups = self.a, group.kept, self.plan.head_groups
-        token = 2 * a * self.KH  # dk and dv, or k and v, made early
+        single = self.C == self.n
+        whole = single and self.kernels
+        # dk and dv, or k and v, made early: in front of a loop, or with out.
+        early = groups > 1 or not whole or "attention" not in kept
+        token = 2 * a * self.KH if early else 0
         if groups == 1 and "attention" not in kept:
             token += a * self.NH  # q is there too, from recomputing attention
-        if "mlp_input" in kept:
+        if "mlp_input" in kept and not whole:
             token += a * self.D
-        single = self.C == self.n
         if "gate_up" in kept and not single:  # one chunk reads them in their stack
             token += 2 * a * self.F
         if self.ragged:
             token += a * self.D  # the last, shorter chunk rewrites a copy of dh
         # gate, up, the gradient of hidden, and what one kernel makes of them: hidden,
-        # dgate, dup. Hopper's kernels never write gate and up; of a whole sequence they
-        # take 3 to 4 such arrays, on JAX 0.12 and 0.11.2.
+        # dgate, dup. Hopper's kernels never write gate and up.
         wide = 4 if "gate_up" in kept or self.kernels else 6
-        if single and self.kernels:
-            wide = 3.5
-        chunk = self.C * int(wide * self.wide * self.F + 2 * a * self.D)
+        narrow = 2
+        if whole:
+            # dup is in the gradient of hidden's place. Beside dy and its successor, the
+            # normed MLP input; if it is not kept also h, and out W_o before x is added.
+            wide, narrow = 3, 1 if "mlp_input" in kept else 3
+        chunk = self.C * (wide * self.wide * self.F + narrow * a * self.D)
         # A single chunk has no sums to add to.
         sums = 0 if single else 12 * self.D * self.F
         size = self._sequences + self.n * token + chunk + sums + self.layer
