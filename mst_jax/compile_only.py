@@ -7,7 +7,7 @@ plugin would claim this one's backend. Two things differ from a run:
 - cuDNN is not asked for the workspace of its attention, which counts as nothing;
   `Prediction` knows it.
 - kernels are not autotuned, and Triton's matrix products, which need that, are off.
-  On a GPU they hold up to 1.1% more, which `Prediction` counts (docs/LOG.md).
+  On a GPU they hold up to 1.2% more, which `Prediction` counts (docs/LOG.md).
 
 Optimizer state in host memory (`optim.state_on_host`) cannot be compiled so: an
 argument's memory kind belongs to a device.
