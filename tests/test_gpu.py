@@ -215,7 +215,7 @@ def test_cudnn_window_is_that_of_xla(window):
 
 @pytest.mark.parametrize("H", [64, 128])
 def test_what_runs(H):
-    kernels = H == 128 and not (obstacle() or device_obstacle())
+    kernels = not (obstacle() or device_obstacle())
     args = [a[..., :H] for a in make_attention(LENGTHS[0])[0]]
     for ids in (None, documents(LENGTHS[0], 1000)):
         segmented = ids is not None
@@ -223,8 +223,10 @@ def test_what_runs(H):
         assert name == ("mosaic_gpu" if kernels else "cudnn"), why
         fn = jax.jit(partial(attention, segment_ids=ids))
         text = fn.lower(*args).compile().as_text()
-        assert ("attention_forward" in text) == kernels
-        assert ("cudnn$fmha" in text) != kernels
+        # Of heads of 64 cuDNN's forward pass is faster, without documents.
+        forward = kernels and (segmented or H == 128)
+        assert ("attention_forward" in text) == forward
+        assert ("cudnn$fmha" in text) != forward
 
 
 def test_swiglu_at_8b_width():
