@@ -20,8 +20,32 @@ def code_cells(path):
     return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny Llama of Hugging Face's, with a tokenizer of bytes in pairs."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    raw = ByteLevelBPETokenizer()
+    raw.train_from_iterator([Path(__file__).read_text()], 300, special_tokens=["<end>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw._tokenizer, eos_token="<end>"
+    )
+    tokenizer.save_pretrained(folder)
+    model = LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(model).save_pretrained(folder)
+    return folder
+
+
 @notebooks
-def test_runs(path, monkeypatch):
+def test_runs(path, monkeypatch, checkpoint, tmp_path):
+    monkeypatch.setenv("CHECKPOINT", str(checkpoint))  # not one of the hub
+    # Progress bars without ipywidgets, which Colab and Kaggle have.
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
     # A kernel of this very Python, whatever kernels the machine has registered,
     # compiled as fast as the tests but without the virtual devices of conftest.py.
     flags = os.environ.get("XLA_FLAGS", "").split()
@@ -34,7 +58,8 @@ def test_runs(path, monkeypatch):
         sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}",
     ]  # fmt: skip
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, km=kernel, timeout=300).execute()
+    where = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, km=kernel, timeout=300, resources=where).execute()
     printed = [
         output.text
         for cell in notebook.cells
