@@ -1,0 +1,103 @@
+"""A step on two GPUs: compiled for H200s that are not there, run where two are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mosaic import compile_for_h200, needs_pallas
+
+from mst_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from mst_jax.model import init_params
+from mst_jax.sharding import make_mesh
+from mst_jax.train_step import init_train_state, make_train_step
+
+T = 4096
+MODEL = ModelConfig(
+    vocab_size=1024, hidden_size=1024, intermediate_size=2048, num_layers=2,
+    num_heads=8, num_kv_heads=2,
+)  # fmt: skip
+MESHES = pytest.mark.parametrize("data, fsdp", [(1, 2), (2, 1)])
+
+
+def config(data, fsdp, packing=True):
+    return Config(
+        model=MODEL,
+        data=DataConfig(seq_len=T, batch_size=2, packing=packing),
+        optim=OptimConfig(
+            param_dtype="bfloat16", moment_dtype="int8", warmup_steps=0
+        ),
+        mesh=MeshConfig(data=data, fsdp=fsdp),
+        train=TrainConfig(plan="save_attention"),
+    )  # fmt: skip
+
+
+STEP = """
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+import mst_jax.ops.attention.api as attention
+import mst_jax.ops.matmul.mosaic_gpu as kernels
+from mst_jax.train_step import (
+    BATCH_SPEC, abstract_state, make_train_step, state_shardings)
+from test_two_gpus import MODEL, T, config
+
+attention._capability = kernels._capability = lambda: (9, 0)
+cfg = config(DATA, FSDP, packing=False)
+devices = np.array(topology.devices).reshape(DATA, FSDP)
+mesh = Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+state = abstract_state(cfg, MODEL)
+state = jax.tree.map(
+    lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
+    state, state_shardings(state, mesh))
+place = NamedSharding(mesh, BATCH_SPEC)
+ids = jax.ShapeDtypeStruct((1, 2, T), jnp.int32, sharding=place)
+batch = {"tokens": ids, "labels": ids}
+step = make_train_step(cfg, MODEL, mesh).lower(state, batch).compile()
+text = step.as_text()
+for name in ("attention_backward", "gate_up", "logits"):
+    assert f"/{name}/" in text, name
+print("all-gather" in text)
+"""
+
+
+@pytest.mark.compiled
+@needs_pallas
+@MESHES
+def test_kernels_are_in_a_step_of_two(data, fsdp):
+    program = STEP.replace("DATA", str(data)).replace("FSDP", str(fsdp))
+    assert compile_for_h200(program, count=2) == f"{fsdp > 1}\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two GPUs")
+@MESHES
+def test_losses_of_two_are_those_of_one(data, fsdp):
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, 1000, (1, 2, T)), jnp.int32)
+    ids = np.broadcast_to(np.repeat([1, 2, 3, 4], T // 4), tokens.shape)
+    place = np.broadcast_to(np.tile(np.arange(T // 4), 4), tokens.shape)
+    batch = {
+        "tokens": tokens, "labels": jnp.roll(tokens, -1, -1),
+        "segment_ids": jnp.asarray(ids, jnp.int32),
+        "positions": jnp.asarray(place, jnp.int32),
+    }  # fmt: skip
+
+    def losses(cfg):
+        mesh = make_mesh(cfg.mesh)
+        state = init_train_state(cfg, init_params(MODEL, 0), mesh)
+        step, found = make_train_step(cfg, MODEL, mesh), []
+        for _ in range(3):
+            state, metrics = step(state, batch)
+            found.append(float(metrics["loss"]))
+        return found
+
+    # Weights of 16 bits are rounded at random, each device by numbers of its own.
+    got, want = losses(config(data, fsdp)), losses(config(1, 1))
+    np.testing.assert_allclose(got, want, rtol=2e-3)
+    assert want[2] < want[0]
