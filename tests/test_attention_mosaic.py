@@ -153,7 +153,7 @@ BOTH = {"segment_ids": documents(200, 184), "window": 130}
         pytest.param(DOCUMENTS, 64, id="documents-64", marks=pytest.mark.interpreted),
         pytest.param(WINDOW, 128, id="window", marks=pytest.mark.interpreted),
         pytest.param(WINDOW, 64, id="window-64", marks=pytest.mark.interpreted),
-        pytest.param(BOTH, 128, id="both"),
+        pytest.param(BOTH, 128, id="both", marks=pytest.mark.interpreted),
         pytest.param(BOTH, 64, id="both-64", marks=pytest.mark.interpreted),
     ],
 )

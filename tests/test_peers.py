@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import jax
 import numpy as np
+import pytest
 import torch
 from flax.traverse_util import flatten_dict
 from scripts import BENCHMARKS, load
@@ -61,6 +62,7 @@ def run(out):
     return {(row["entry"], int(row["tokens"])): row for row in found}
 
 
+@pytest.mark.slow
 def test_ours_and_hugging_face_compute_the_same_and_what_cannot_says_why(tmp_path):
     rows = run(tmp_path)  # a minute: one test for all that it shows
     for tokens in (64, 96):

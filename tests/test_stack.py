@@ -229,13 +229,24 @@ def train(kind, plan, optim, steps=3, **options):
             "offload",
             {"clip_norm": None, "freeze": ("embed", "layers/attention")},
         ),
-        (
+        pytest.param(
             "plain",
             "1 save=input; * offload=input+qkv",
             {"name": "adafactor", "clip_norm": None, "freeze": ("lm_head",)},
+            marks=pytest.mark.slow,
         ),
-        ("packed", "none", {"name": "lion", "clip_norm": None, "weight_decay": 0.1}),
-        ("packed", "full", {"name": "sgd", "clip": "layer", "clip_norm": 0.02}),
+        pytest.param(
+            "packed",
+            "none",
+            {"name": "lion", "clip_norm": None, "weight_decay": 0.1},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "packed",
+            "full",
+            {"name": "sgd", "clip": "layer", "clip_norm": 0.02},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda value: value["name"] if "name" in value else None,
 )
@@ -260,10 +271,11 @@ def test_update_in_backward_is_the_ordinary_step(kind, plan, optim):
     [
         ("plain", "offload_attention", {"in_backward": True}),
         ("packed", "* offload=input every=2", {"in_backward": True, "clip": "layer"}),
-        (
+        pytest.param(
             "packed",
             "1 save=input; 2 offload=input+qkv save=attention; 1 offload=input",
             {},
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["global norm", "every second input", "mixture"],

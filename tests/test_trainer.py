@@ -150,7 +150,7 @@ def test_a_whole_run_leaves_everything(whole):
     assert Checkpoints(out / "checkpoints", keep=2).steps() == [6, 8]
 
 
-@pytest.mark.parametrize("step", [1, 5])
+@pytest.mark.parametrize("step", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_kill_9_and_resume_is_bit_equal(step, tmp_path, whole):
     cfg = config(tmp_path)
     process = start(cfg, tmp_path)
@@ -161,7 +161,9 @@ def test_kill_9_and_resume_is_bit_equal(step, tmp_path, whole):
     assert_same_run(cfg, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_the_same_command_resumes(number, tmp_path, whole):
     cfg = config(tmp_path, save_every=100)
     process = start(cfg, tmp_path)
