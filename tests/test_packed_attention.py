@@ -320,7 +320,7 @@ def test_offsets_count_elements():
 @pytest.mark.compiled
 @pytest.mark.parametrize(
     "gpu, attention, levels",
-    [("h200", "auto", 6), ("h200", "xla", 0), ("a100-80gb", "auto", 0)],
+    [("h200", "cudnn", 6), ("h200", "xla", 0), ("a100-80gb", "auto", 0)],
 )
 def test_step_with_packing_runs_on_cudnn(gpu, attention, levels):
     model = PRESETS["tiny"]
