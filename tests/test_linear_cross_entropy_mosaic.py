@@ -16,7 +16,7 @@ from mst_jax.ops.linear_cross_entropy import (
     choose_implementation,
     mosaic_gpu,
 )
-from mst_jax.ops.linear_cross_entropy.xla import Options
+from mst_jax.ops.linear_cross_entropy.loss import Options
 from mst_jax.ops.matmul import mosaic_gpu as core
 
 OPTIONS = [
@@ -41,12 +41,13 @@ def kernels(monkeypatch):
 def interpreted():
     kernel = mosaic_gpu.matmul
 
-    def matmul(a, b, *, transpose_a=False, transpose_b=False, total=None):
+    def matmul(a, b, *, transpose_a=False, transpose_b=False, total=None, **options):
         if total is None:
-            return kernel(a, b, transpose_a=transpose_a, transpose_b=transpose_b)
+            options |= {"transpose_a": transpose_a, "transpose_b": transpose_b}
+            return kernel(a, b, **options)
         # test_matmul has the sums in f32: slow in the interpreter.
-        assert transpose_a and not transpose_b
-        return total + jnp.matmul(a.T, b, preferred_element_type=jnp.float32)
+        a, b = a.T if transpose_a else a, b.T if transpose_b else b
+        return total + jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
     with mosaic.interpreted(), pytest.MonkeyPatch.context() as patch:
         if not ON_GPU:
@@ -100,9 +101,12 @@ def exact(x, w, y, weights=None, z_loss=0.0, logit_softcap=None, label_smoothing
     return (losses * weights).sum(), (*gradients, (losses * keep).reshape(shape[:-1]))
 
 
-def assert_no_worse_than_xla(x, w, y, chunk_size=None, weights=None, **options):
+def assert_no_worse_than_xla(
+    x, w, y, chunk_size=None, vocab_chunk_size=None, weights=None, **options
+):
     want = exact(x, w, y, weights, **options)
-    options |= {"chunk_size": chunk_size, "weights": weights}
+    options |= {"chunk_size": chunk_size, "vocab_chunk_size": vocab_chunk_size}
+    options |= {"weights": weights}
     argnums = (0, 1, 2)
     theirs = errors(run("xla", x, w, y, argnums, **options), want)
     ours = errors(run("mosaic_gpu", x, w, y, argnums, **options), want)
@@ -129,6 +133,43 @@ def assert_no_worse_than_xla(x, w, y, chunk_size=None, weights=None, **options):
 def test_value_and_gradients(kernels, T, D, V, B, chunk_size):
     x, w, y = make(T, D, V, B)
     assert_no_worse_than_xla(x, w, y, chunk_size=chunk_size)
+
+
+@needs_pallas
+@pytest.mark.parametrize(
+    "T, D, V, size",
+    sometimes(
+        [
+            (1, 64, 8, 5),
+            (130, 192, 523, 256),  # the last chunk has 11 columns
+            (257, 64, 1000, 300),  # no chunk is TMA's, labels beyond it or before
+        ],
+        always=[(1, 64, 8, 5)],
+    ),
+)
+def test_chunks_of_the_vocabulary(kernels, T, D, V, size):
+    x, w, y = make(T, D, V)
+    assert_no_worse_than_xla(x, w, y, vocab_chunk_size=size)
+
+
+@needs_pallas
+@pytest.mark.interpreted
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_in_chunks_of_the_vocabulary(kernels, options):
+    x, w, y = make(130, 64, 523)
+    weights = jax.random.uniform(jax.random.key(9), y.shape)
+    assert_no_worse_than_xla(x, w, y, weights=weights, vocab_chunk_size=192, **options)
+
+
+@needs_pallas
+@pytest.mark.interpreted
+def test_chunks_of_a_transposed_vocabulary(kernels):
+    x, w, y = make(70, 64, 523)
+    total, (dx, dw) = run("mosaic_gpu", x, w, y, vocab_chunk_size=200)
+    found, (dx_too, dw_too) = run(
+        "mosaic_gpu", x, w.T, y, vocab_chunk_size=200, transposed=True
+    )
+    assert found == total and (dx_too == dx).all() and (dw_too.T == dw).all()
 
 
 @needs_pallas
@@ -314,7 +355,7 @@ from mst_jax.ops.linear_cross_entropy import api
 api.device_obstacle = lambda *_: None
 def loss(x, w, y):
     return linear_cross_entropy(
-        x, w, y, chunk_size=4096, implementation="mosaic_gpu")[0]
+        x, w, y, CHUNKS, implementation="mosaic_gpu")[0]
 compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(
     array((1, 8192, 4096), jnp.bfloat16), array((4096, 128256), jnp.bfloat16),
     array((1, 8192), jnp.int32)).compile()
@@ -326,7 +367,9 @@ print(compiled.as_text())
 @needs_pallas
 @pytest.mark.compiled
 def test_compiled_for_an_h200_no_logits_are_copied():
-    temporaries, _, hlo = compile_for_h200(COMPILE).partition("\n")
+    temporaries, _, hlo = compile_for_h200(
+        COMPILE.replace("CHUNKS", "chunk_size=4096")
+    ).partition("\n")
     kernels = [line for line in hlo.splitlines() if "mosaic_gpu_v2" in line]
     in_place = [k for k in kernels if "output_to_operand_aliasing={{}: (0, {})}" in k]
     assert len(in_place) == 1 and "ROOT" not in in_place[0], in_place
@@ -336,11 +379,24 @@ def test_compiled_for_an_h200_no_logits_are_copied():
     assert int(temporaries) < 4 * 4096 * 128256 + 2 * 4096 * 128256 + 2**27
 
 
+@needs_pallas
+@pytest.mark.compiled
+def test_compiled_in_chunks_of_the_vocabulary_the_head_is_not_copied():
+    text = compile_for_h200(COMPILE.replace("CHUNKS", "vocab_chunk_size=8192"))
+    temporaries, _, hlo = text.partition("\n")
+    made = [line for line in hlo.splitlines() if " = bf16[4096,128256]" in line]
+    assert not any(" copy(" in line for line in made), made
+    assert "f32[4096,128256]" not in hlo
+    # dx in f32, and a chunk's columns of the head, of its gradient and of the logits.
+    assert int(temporaries) < 4 * 8192 * 4096 + 2 * 8192 * (2 * 4096 + 8192) + 2**25
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("chunks", [{"chunk_size": 200}, {"vocab_chunk_size": 8192}])
 @pytest.mark.parametrize("options", [OPTIONS[i] for i in (0, 2, 4)])
-def test_at_8b_width(options):
+def test_at_8b_width(options, chunks):
     x, w, y = make(512, 4096, 128256)
-    assert_no_worse_than_xla(x, w, y, chunk_size=200, **options)
+    assert_no_worse_than_xla(x, w, y, **chunks, **options)
 
 
 @pytest.mark.gpu

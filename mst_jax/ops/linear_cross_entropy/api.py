@@ -5,7 +5,8 @@
 
 The loss is a sum, so its gradient is known as soon as a chunk's logits are: `chunks.py`
 computes it in the forward pass. Memory: O(T V) -> O(C V), and [D, V] in f32 for the
-gradient.
+gradient. Chunks of the vocabulary (`vocabulary.py`) need no such sum, O(T C), and one
+more matrix product.
 
 Luo et al. 2024 (arXiv 2407.15892) chunk the head; Liger Kernel (arXiv 2410.10989) and
 Cut Cross-Entropy (arXiv 2411.09009) compute gradients in the forward pass.
@@ -19,9 +20,13 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Num
 
 from mst_jax.mini_sequence import mini_sequence, split_length, to_chunks
-from mst_jax.ops.linear_cross_entropy import mosaic_gpu, xla
-from mst_jax.ops.linear_cross_entropy.chunks import varying, weighted_sum
-from mst_jax.ops.linear_cross_entropy.xla import Options
+from mst_jax.ops.linear_cross_entropy import chunks, mosaic_gpu, vocabulary, xla
+from mst_jax.ops.linear_cross_entropy.chunks import varying
+from mst_jax.ops.linear_cross_entropy.loss import (
+    Options,
+    mask_invalid,
+    token_losses,
+)
 from mst_jax.ops.matmul import device_obstacle
 
 LOGITS_BYTES = 2**31
@@ -35,6 +40,7 @@ def linear_cross_entropy(
     *,
     transposed: bool = False,
     chunk_size: int | None = None,
+    vocab_chunk_size: int | None = None,
     ignore_index: int = -100,
     token_weights: Num[Array, "*tokens"] | None = None,
     z_loss: float = 0.0,
@@ -58,6 +64,10 @@ def linear_cross_entropy(
         labels: [...] integers in [0, V), or `ignore_index`. Others make the sum NaN.
         chunk_size: tokens of a chunk along the last token axis; None keeps a chunk's
             logits below 2 GiB: f32 in XLA, two bytes each in Mosaic GPU.
+        vocab_chunk_size: columns of a chunk of the vocabulary, all tokens at a time,
+            in place of chunk_size: no f32 sum of [D, V], but one of [..., D], and four
+            matrix products in place of three. Less memory where there are fewer tokens
+            than V.
         ignore_index: label of tokens that do not count.
         token_weights: [...] factors of the tokens' losses, 1 if None. Differentiable.
         z_loss: factor z of lse^2 (PaLM, arXiv 2204.02311), like the next two a number
@@ -79,20 +89,32 @@ def linear_cross_entropy(
     options = _check(
         hidden, weight, labels, token_weights,
         z_loss, logit_softcap, label_smoothing, implementation, transposed,
+        vocab_chunk_size,
     )  # fmt: skip
+    if chunk_size is not None and vocab_chunk_size is not None:
+        raise ValueError(
+            f"{chunk_size=} and {vocab_chunk_size=} exclude each other: set one to None"
+        )
     hidden, labels, weights = _flatten(hidden, labels, token_weights, ignore_index)
     B, T, _ = hidden.shape
+    if vocab_chunk_size is not None:
+        total = _total(vocabulary, options, hidden, weight, labels, weights)
+        return total, weights.sum()
     if chunk_size is None:
         V = weight.shape[options.head.index("V")]
         chunk_size = loss_chunk_size(B, V, options.implementation)
     num_chunks, size = split_length(T, chunk_size)
     pad = num_chunks * size - T
     weights = jnp.pad(weights, ((0, 0), (0, pad)))
-    chunks = to_chunks((hidden, labels), num_chunks, size, 1)
+    hidden, labels = to_chunks((hidden, labels), num_chunks, size, 1)
     weights = to_chunks(weights, num_chunks, size, 1)
-    arrays = chunks[0], weight, chunks[1], weights
-    total = weighted_sum(options, *(varying(a, *arrays) for a in arrays))
-    return cast(jax.Array, total), weights.sum()
+    return _total(chunks, options, hidden, weight, labels, weights), weights.sum()
+
+
+def _total(loop, options: Options, *arrays) -> jax.Array:
+    """Return `loop.weighted_sum`; inside shard_map all arrays vary as one does."""
+    total = loop.weighted_sum(options, *(varying(a, *arrays) for a in arrays))
+    return cast(jax.Array, total)
 
 
 def token_log_probs(
@@ -130,16 +152,19 @@ def token_log_probs(
     shape = labels.shape
     hidden, labels, weights = _flatten(hidden, labels, None, ignore_index)
 
+    V = weight.shape[1]
+
     def chunk(weight, x):
         hidden, labels, weights = x
-        _, lse, label_logit, losses = xla.logits_and_losses(
-            options, hidden, weight, labels
-        )
+        logits = xla.compute_logits(options, hidden, weight)
+        found = xla.find_statistics(options, logits, labels)
+        losses = token_losses(options, found, labels, V)
+        log_probs = mask_invalid(found.label_logit, labels, V) - found.lse
         keep = weights > 0
-        return jnp.where(keep, losses, 0), jnp.where(keep, label_logit - lse, 0)
+        return jnp.where(keep, losses, 0), jnp.where(keep, log_probs, 0)
 
     if chunk_size is None:
-        chunk_size = loss_chunk_size(hidden.shape[0], weight.shape[1])
+        chunk_size = loss_chunk_size(hidden.shape[0], V)
     losses, log_probs = mini_sequence(
         chunk, weight, (hidden, labels, weights), chunk_size=chunk_size
     )
@@ -178,7 +203,7 @@ def choose_implementation(
 
 def _check(
     hidden, weight, labels, token_weights, z_loss, softcap, smoothing, implementation,
-    transposed=False,
+    transposed=False, vocab_chunk_size=None,
 ) -> Options:  # fmt: skip
     D_axis = int(transposed)
     if hidden.ndim < 2 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[D_axis]:
@@ -216,7 +241,11 @@ def _check(
         )
     if implementation not in ("xla", "mosaic_gpu"):
         raise NotImplementedError(f"{implementation=} is not 'xla' or 'mosaic_gpu'")
-    options = Options(z_loss, softcap, smoothing, implementation, transposed)
+    if vocab_chunk_size is not None and vocab_chunk_size < 1:
+        raise ValueError(f"{vocab_chunk_size=} must be positive or None")
+    options = Options(
+        z_loss, softcap, smoothing, implementation, transposed, vocab_chunk_size
+    )
     if implementation == "mosaic_gpu":
         obstacle = mosaic_gpu.obstacle(options, D, dtype) or device_obstacle()
         if obstacle:

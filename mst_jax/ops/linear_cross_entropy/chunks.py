@@ -1,4 +1,4 @@
-"""The scan over chunks that both implementations share, gradients in the forward pass.
+"""The scan over chunks of tokens, gradients in the forward pass.
 
 The forward scan turns a chunk's logits into dlogits, adds x^T dlogits to an f32 weight
 gradient and keeps dlogits W^T. That is three matrix products; differentiating a
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mst_jax.ops.linear_cross_entropy import mosaic_gpu, xla
-from mst_jax.ops.linear_cross_entropy.xla import Options
+from mst_jax.ops.linear_cross_entropy.loss import Options
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -26,7 +26,7 @@ def weighted_sum(options: Options, x_MBCD, weight, labels_MBC, weights_MBC) -> A
         labels_MBC: labels; any where the weight is 0.
         weights_MBC: f32 factors of the losses.
     """
-    how = _implementation(options)
+    how = find_implementation(options)
     V = weight.shape[options.head.index("V")]
     weight = how.prepare(options, weight.astype(x_MBCD.dtype))
 
@@ -49,7 +49,8 @@ def varying(a, *like):
     return jax.lax.pcast(a, tuple(more), to="varying") if more else a
 
 
-def _implementation(options: Options):
+def find_implementation(options: Options):
+    """Return the module that computes chunks."""
     return mosaic_gpu if options.implementation == "mosaic_gpu" else xla
 
 
@@ -58,7 +59,7 @@ def _masked(losses, weights):
 
 
 def _forward(options: Options, x_MBCD, weight, labels_MBC, weights_MBC):
-    how = _implementation(options)
+    how = find_implementation(options)
     wants_x, wants_weight = x_MBCD.perturbed, weight.perturbed
     # An empty array carries the dtype in which the weight's gradient is due.
     dtype = jnp.zeros((0,), weight.value.dtype)

@@ -1,4 +1,6 @@
-"""One chunk of the LM head's loss in Mosaic GPU kernels, for Hopper and bf16.
+"""The LM head's loss in Mosaic GPU kernels: a chunk of the tokens, or of the columns.
+
+For Hopper and bf16.
 
     logits kernel      l = x W in f32 accumulators; per row and tile t of 256 columns
                        m_t = max l,  p = 2^15 exp(l - m_t) in f16,  s_t = sum p in f32
@@ -19,13 +21,14 @@ not written.
 """
 
 from functools import partial
+from math import prod
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from mst_jax.ops import matmul as mm
-from mst_jax.ops.linear_cross_entropy.xla import Options
+from mst_jax.ops.linear_cross_entropy.loss import Options, Statistics, token_losses
 from mst_jax.ops.matmul import Tiles, in_place, matmul, tiled_matmul
 
 TILE_N = 256
@@ -68,10 +71,11 @@ def finish(options: Options, dweight, vocab_size: int):
 
 def chunk_losses(options: Options, x, weight, labels, vocab_size: int):
     """[B, C, D] -> losses [B, C], f32, with no more than statistics in memory."""
-    x, flat = _rows(x, labels)
-    statistics = logits_kernel(x, weight, flat, vocab_size, options, write=False)
-    losses, *_ = _losses(options, list(statistics), flat, vocab_size)
-    return losses[: labels.size].reshape(labels.shape)
+    shape = labels.shape
+    x, labels = to_rows(x, labels)
+    found = columns_statistics(options, x, weight, labels, vocab_size)
+    losses = token_losses(options, found, labels, vocab_size)
+    return losses[: prod(shape)].reshape(shape)
 
 
 def chunk_gradients(
@@ -82,17 +86,11 @@ def chunk_gradients(
     dweight of None stays None, and dx is None unless `wants_x`.
     """
     shape, count = x.shape, labels.size
-    x, flat = _rows(x, labels)
-    *statistics, p = logits_kernel(x, weight, flat, vocab_size, options, write=True)
-    losses, lse, label_logit, labels_padded = _losses(
-        options, statistics, flat, vocab_size
-    )
-    pad = lse.shape[0] - count
-    weights = jnp.pad(weights.reshape(-1), (0, pad))
-    scale, smooth, at_label = _coefficients(
-        options, statistics[0], lse, label_logit, weights, vocab_size
-    )
-    dlogits, _ = in_place(gradient_kernel, p, scale, smooth, at_label, labels_padded)
+    x, flat, weights = to_rows(x, labels, weights)
+    *tiles, p = logits_kernel(x, weight, flat, vocab_size, options, write=True)
+    found = _reduce(tiles, flat, vocab_size)
+    losses = token_losses(options, found, flat, vocab_size)
+    dlogits = _dlogits(options, tiles[0], p, found, flat, weights, vocab_size)
     dx = None
     if wants_x:
         dx = matmul(dlogits, weight, transpose_b=True)[:count].reshape(shape)
@@ -101,28 +99,66 @@ def chunk_gradients(
     return losses[:count].reshape(labels.shape), dx, dweight
 
 
-def _rows(x, labels):
-    """Return x as [C, D] and labels as [C], C rounded up to what TMA moves at once."""
-    x, labels = x.reshape(-1, x.shape[-1]), labels.reshape(-1)
-    pad = -labels.shape[0] % 8
-    return jnp.pad(x, ((0, pad), (0, 0))), jnp.pad(labels, (0, pad))
+def columns_statistics(options: Options, x, weight, labels, columns: int) -> Statistics:
+    """Return the statistics [R] of some columns' logits, labels counted from there.
+
+    R, the rows of x, is a multiple of 8. `columns` of the weight's count.
+    """
+    tiles = logits_kernel(x, weight, labels, columns, options, write=False)
+    return _reduce(list(tiles), labels, columns)
 
 
-def _losses(options: Options, statistics, labels, vocab_size: int):
-    """Statistics [t, R], labels [C] -> losses, lse, label logits, labels [R]."""
-    m, s, label_logits, *sums = statistics
-    labels = jnp.pad(labels, (0, m.shape[1] - labels.shape[0]))
-    valid = (labels >= 0) & (labels < vocab_size)
-    tile = jnp.where(valid, labels // TILE_N, 0)
+def columns_gradients(
+    options: Options, x, weight, labels, weights, statistics, dx, dtype, columns: int,
+    vocab_size: int,
+):  # fmt: skip
+    """Return (dx [R, D] with the columns' part added in f32, their dweight in `dtype`).
+
+    dx of None stays None; dweight is None if `dtype` is. `statistics` are those of all
+    columns.
+    """
+    m, *_, p = logits_kernel(x, weight, labels, columns, options, write=True)
+    labels = jnp.where(labels < columns, labels, -1)  # none of a padded column
+    dlogits = _dlogits(options, m, p, statistics, labels, weights, vocab_size)
+    if dx is not None:
+        dx = matmul(dlogits, weight, transpose_b=True, total=dx)
+    dweight = None
+    if dtype is not None:
+        narrow = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+        dweight = matmul(x, dlogits, transpose_a=True, dtype=narrow).astype(dtype)
+    return dx, dweight
+
+
+def to_rows(x, *tokens):
+    """Return x as [R, D], the others as [R], R rounded up to what TMA moves at once."""
+    x = x.reshape(-1, x.shape[-1])
+    pad = -x.shape[0] % 8
+    tokens = [jnp.pad(a.reshape(-1), (0, pad)) for a in tokens]
+    return jnp.pad(x, ((0, pad), (0, 0))), *tokens
+
+
+def _reduce(tiles, labels, columns: int) -> Statistics:
+    """Statistics of tiles [t, R or more], labels [R] -> those of each row [R]."""
+    m, s, label_logits, *sums = (a[:, : labels.shape[0]] for a in tiles)
+    here = (labels >= 0) & (labels < columns)
+    tile = jnp.where(here, labels // TILE_N, 0)
     top = m.max(0)
     lse = top + jnp.log((2.0**-SHIFT * s * jnp.exp(m - top)).sum(0))
     label_logit = jnp.take_along_axis(label_logits, tile[None], 0)[0]
-    label_logit = jnp.where(valid, label_logit, jnp.nan)
-    loss = lse - (1 - options.label_smoothing) * label_logit
-    if options.label_smoothing:
-        loss -= options.label_smoothing / vocab_size * sums[0].sum(0)
-    labels = jnp.where(valid, labels, -1)
-    return loss + options.z_loss * lse**2, lse, label_logit, labels
+    logit_sum = sums[0].sum(0) if sums else None
+    return Statistics(lse, jnp.where(here, label_logit, 0), logit_sum)
+
+
+def _dlogits(options: Options, m, p, statistics, labels, weights, vocab_size: int):
+    """Turn p [R, V] into dlogits, in its memory; `statistics` are of all columns."""
+    lse, label_logit, _ = statistics
+    rows = (labels, weights, lse, label_logit)
+    pad = m.shape[1] - labels.shape[0]
+    labels, weights, lse, label_logit = (jnp.pad(a, (0, pad)) for a in rows)
+    scale, smooth, at_label = _coefficients(
+        options, m, lse, label_logit, weights, vocab_size
+    )
+    return in_place(gradient_kernel, p, scale, smooth, at_label, labels)[0]
 
 
 def _coefficients(options: Options, m, lse, label_logit, weights, vocab_size: int):

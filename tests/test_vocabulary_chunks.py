@@ -1,0 +1,158 @@
+"""The loss by chunks of the vocabulary: the same sum and gradients, no f32 [D, V]."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+from test_linear_cross_entropy import D, V, close, make, plain, plain_thrice, thrice
+
+from mst_jax import linear_cross_entropy
+
+
+@pytest.mark.parametrize("vocab_chunk_size", [7, 25, V, 2 * V])
+@pytest.mark.parametrize("T", [1, 64, 127])
+def test_value_and_gradients(T, vocab_chunk_size):
+    ours = thrice(partial(linear_cross_entropy, vocab_chunk_size=vocab_chunk_size))
+    for masked in ("none", "some", "all"):
+        x, w, y = make(T, masked=masked)
+        (total, count), grads = ours(x, w, y)
+        (want, want_count), want_grads = plain_thrice(x, w, y)
+        close(total, want)
+        assert count == want_count
+        jax.tree.map(close, grads, want_grads)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"z_loss": 1e-2},
+        {"z_loss": 1e-2, "logit_softcap": 2.0, "label_smoothing": 0.2},
+    ],
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_options(options, transposed):
+    x, w, y = make(100)
+    weights = jax.random.uniform(jax.random.key(9), y.shape)
+    weights = jnp.where(weights < 0.2, 0, weights)  # these have a gradient too
+
+    def ours(x, w, weights):
+        head = w.T if transposed else w
+        return linear_cross_entropy(
+            x, head, y, vocab_chunk_size=16, transposed=transposed,
+            token_weights=weights, **options,
+        )[0]  # fmt: skip
+
+    got = jax.value_and_grad(ours, (0, 1, 2))(x, w, weights)
+    want = jax.value_and_grad(
+        lambda *a: plain(*a[:2], y, a[2], **options)[0], (0, 1, 2)
+    )(x, w, weights)
+    jax.tree.map(close, got, want)
+
+
+def test_half_precision_is_rounded_once():
+    # As from the sum in f32: a chunk's gradient is whole before it is rounded, and the
+    # factor of the loss, here 1/3, is in it by then.
+    x, w, y = make(512, B=1, dtype=jnp.bfloat16)
+
+    def loss(x, w, **how):
+        return linear_cross_entropy(x, w, y, **how)[0] / 3
+
+    def wide(x, w):
+        return plain(x, w, y)[0] / 3
+
+    f32 = (a.astype(jnp.float32) for a in (x, w))
+    want = jax.grad(wide, (0, 1))(*f32)
+    found = jax.grad(partial(loss, vocab_chunk_size=16), (0, 1))(x, w)
+    tokens = jax.grad(partial(loss, chunk_size=512), (0, 1))(x, w)
+
+    def error(a, b):
+        return jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)
+
+    for ours, theirs, exact in zip(found, tokens, want, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        # 1/3 of a number just below 1 has fewer of its bits: not sqrt(2), as twice.
+        assert error(ours, exact) < 1.25 * error(theirs, exact)
+
+
+def test_masters_in_f32_are_used_in_the_dtype_of_the_hidden_states():
+    x, w, y = make(24, B=1, dtype=jnp.bfloat16)
+
+    def loss(x, w):
+        return linear_cross_entropy(x, w, y, vocab_chunk_size=16)[0]
+
+    dx, dw = jax.grad(loss, (0, 1))(x, w.astype(jnp.float32))
+    assert (dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
+    same_dx, same_dw = jax.grad(loss, (0, 1))(x, w)
+    close(dx, same_dx)
+    close(dw, same_dw, 1e-2)
+
+
+def test_what_is_frozen_costs_nothing():
+    x, w, y = make(64, B=1)
+
+    def dots(argnums):
+        def loss(x, w):
+            return linear_cross_entropy(x, w, y, vocab_chunk_size=25)[0]
+
+        return str(jax.make_jaxpr(jax.grad(loss, argnums))(x, w)).count("dot_general")
+
+    assert [dots((0, 1)), dots(0), dots(1)] == [4, 3, 3]
+    value = jax.make_jaxpr(lambda x: linear_cross_entropy(x, w, y, vocab_chunk_size=5))
+    assert str(value(x)).count("dot_general") == 1
+
+
+def test_no_sum_of_the_heads_gradient_in_f32():
+    x, w, y = make(24, B=1, dtype=jnp.bfloat16)
+
+    def program(**how):
+        def loss(x, w):
+            return linear_cross_entropy(x, w, y, **how)[0]
+
+        return str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, w))
+
+    assert f"f32[{D},{V}]" not in program(vocab_chunk_size=25)
+    assert f"f32[{D},{V}]" in program(chunk_size=8)
+
+
+def test_memory_is_that_of_a_chunk():
+    T, V = 256, 65536
+    x, y, w = jnp.ones((1, T, D)), jnp.ones((1, T), int), jnp.ones((D, V))
+
+    def loss(x, w):
+        return linear_cross_entropy(x, w, y, vocab_chunk_size=1024)[0]
+
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(x, w).compile()
+    assert f"{T},{V}]" not in compiled.as_text()
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    assert temporaries < 4 * (4 * T * 1024) + 8 * T * D
+
+
+def test_inside_shard_map():
+    x, w, y = make(40, B=4)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(x, w, y):
+        total, _ = linear_cross_entropy(x, w, y, vocab_chunk_size=16)
+        return jax.lax.psum(total, "data")
+
+    shards = jax.shard_map(
+        local, mesh=mesh, in_specs=(P("data"), P(), P("data")), out_specs=P()
+    )
+    got = jax.value_and_grad(shards, (0, 1))(x, w, y)
+    want = jax.value_and_grad(lambda *a: linear_cross_entropy(*a)[0], (0, 1))(x, w, y)
+    jax.tree.map(close, got, want)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"vocab_chunk_size": 0}, "vocab_chunk_size=0 must be positive"),
+        ({"vocab_chunk_size": 8, "chunk_size": 8}, "exclude each other"),
+    ],
+)
+def test_bad_sizes(change, message):
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(*make(10), **change)
