@@ -11,11 +11,15 @@ import sys
 import types
 
 
-def ours_head(implementation):
+def ours_head(implementation, columns=None):
     from mst_jax import linear_cross_entropy
 
+    options: dict = {"implementation": implementation}
+    if columns:
+        options["vocab_chunk_size"] = columns
+
     def loss(x, w, y):
-        return linear_cross_entropy(x, w, y, implementation=implementation)[0]
+        return linear_cross_entropy(x, w, y, **options)[0]
 
     return loss
 
@@ -147,6 +151,8 @@ def torch_mlp(compiled):
 HEAD = {
     "ours, xla": ("jax", ours_head, ("xla",)),
     "ours, mosaic_gpu": ("jax", ours_head, ("mosaic_gpu",)),
+    "ours, xla, columns": ("jax", ours_head, ("xla", 4096)),
+    "ours, mosaic_gpu, columns": ("jax", ours_head, ("mosaic_gpu", 4096)),
     "plain JAX, whole logits": ("jax", plain_head, ()),
     "tokamax": ("jax", tokamax_head, (None,)),
     "Liger FLCE": ("torch", liger_head, (False,)),

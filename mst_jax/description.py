@@ -108,6 +108,18 @@ def _chunks(sizes: tuple[int, int], length: int) -> str:
     return f"{sizes[0]} of {length} tokens{last}"
 
 
+def _loss_chunks(cfg: Config, model: ModelConfig, implementation: str) -> str:
+    if columns := cfg.train.vocab_chunk_size:
+        V = model.vocab_size
+        return f"chunks of {min(columns, V)} of {V} columns, logits computed twice"
+    T = cfg.data.seq_len
+    size = cfg.train.loss_chunk_size or linear_cross_entropy.loss_chunk_size(
+        local_batch(cfg), model.vocab_size, implementation
+    )
+    size = split_length(T, size)[1]
+    return f"chunks of {size} of {T} tokens, gradients in the forward pass"
+
+
 def describe(
     cfg: Config, model: ModelConfig, data: Data, cache: CompileCache
 ) -> list[str]:
@@ -116,10 +128,6 @@ def describe(
     batch = local_batch(cfg)
     chunks = loop_chunks(T, layer_chunk_size(cfg, model, batch, T))
     ops = implementations(cfg, model)
-    head = cfg.train.loss_chunk_size or linear_cross_entropy.loss_chunk_size(
-        batch, model.vocab_size, ops["head, loss"][0]
-    )
-    head = split_length(T, head)[1]
     peak = peak_flops()
     tokens = f"{data.num_tokens:,} tokens" if data.num_tokens else "streamed"
     heads = model.num_kv_heads // cfg.train.head_groups
@@ -131,7 +139,7 @@ def describe(
         f"{cfg.train.accumulate}" + _fill(data),
         "layers": f"chunks of {_chunks(chunks, T)}; {heads} of {model.num_kv_heads} "
         "key/value heads at a time",
-        "loss": f"chunks of {head} of {T} tokens, gradients in the forward pass",
+        "loss": _loss_chunks(cfg, model, ops["head, loss"][0]),
         "plan": make_plan(cfg, model).describe(),
         "update": f"{cfg.optim.name}, "
         + ("in the backward pass" if cfg.optim.in_backward else "after it"),

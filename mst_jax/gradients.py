@@ -121,6 +121,7 @@ def _loss(
     weight = rest["embed"]["embedding"] if tied else rest["lm_head"]["kernel"]
     return linear_cross_entropy(
         hidden, weight, labels, chunk_size=cfg.train.loss_chunk_size,
+        vocab_chunk_size=cfg.train.vocab_chunk_size,
         implementation=cfg.train.asked_implementation, transposed=tied,
     )  # fmt: skip
 

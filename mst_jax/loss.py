@@ -35,5 +35,6 @@ def next_token_loss(
     )
     return linear_cross_entropy(
         hidden, model.head_weight(), batch["labels"], chunk_size=cfg.loss_chunk_size,
+        vocab_chunk_size=cfg.vocab_chunk_size,
         implementation=cfg.asked_implementation,
     )  # fmt: skip

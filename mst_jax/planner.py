@@ -20,6 +20,7 @@ from mst_jax.config import Config, ModelConfig, TrainConfig
 from mst_jax.gpus import Gpu
 from mst_jax.gradients import attention_implementation
 from mst_jax.mini_sequence import ROW_MULTIPLE
+from mst_jax.ops.linear_cross_entropy.mosaic_gpu import TILE_N
 from mst_jax.ops.swiglu import mlp_chunk_size
 from mst_jax.plan import PRESETS, RESIDUALS, LayerGroup, Plan, read_groups
 from mst_jax.prediction import Prediction, parts, predict_step, show
@@ -32,6 +33,10 @@ from mst_jax.step_memory import (
 
 GRAIN = 1024
 """Lengths are searched in multiples of this many tokens."""
+CHUNK_LOGITS = 2**26
+"""Logits of a chunk of the vocabulary, at least `FEWEST_COLUMNS` of each token."""
+FEWEST_COLUMNS = 2048
+"""Narrower matrix products wait for memory."""
 
 
 def _kept(text: str, every: int = 1) -> LayerGroup:
@@ -91,7 +96,11 @@ def fastest_plan(
         ValueError: nothing fits; with what would be needed and what to change.
     """
     budget = default_budget(gpu) if device_bytes is None else device_bytes, host_bytes
-    found = list(_fitting(model, gpu, budget, _cuts(cfg, model, gpu)))
+    found = [
+        candidate
+        for cuts in (_cuts(cfg, model, gpu), _vocabulary_cuts(cfg, model, gpu))
+        for candidate in _fitting(model, gpu, budget, cuts)
+    ]
     if not found:
         raise ValueError(_too_long(cfg, model, gpu, budget))
     return _planned(min(found, key=lambda item: item[1].step_seconds))
@@ -129,9 +138,10 @@ def longest_sequence(
 
 def fits(cfg: Config, model: ModelConfig, gpu: Gpu, budget: Budget) -> bool:
     """Return whether any plan for `cfg.data.seq_len` is within (device, host) bytes."""
+    cuts = _cuts(cfg, model, gpu) + _vocabulary_cuts(cfg, model, gpu)
     finest = [
         cut
-        for cut in _cuts(cfg, model, gpu)
+        for cut in cuts
         if cut.train.head_groups == model.num_kv_heads and not cut.train.prefetch
     ]
     return next(_fitting(model, gpu, budget, finest), None) is not None
@@ -167,6 +177,7 @@ def options(train: TrainConfig) -> list[str]:
         *([prefetch] if "offload" in train.plan else []),
         f"--train.mlp-chunk-size {train.mlp_chunk_size}",
         f"--train.loss-chunk-size {train.loss_chunk_size}",
+        f"--train.vocab-chunk-size {train.vocab_chunk_size}",
     ]
 
 
@@ -193,6 +204,7 @@ def _cuts(cfg: Config, model: ModelConfig, gpu: Gpu) -> list[Config]:
             "head_groups": groups,
             "mlp_chunk_size": layer,
             "loss_chunk_size": _equal_chunks(T, head, B),
+            "vocab_chunk_size": None,
             "prefetch": prefetch,
         }
         for layer, head in dict.fromkeys(chunks)
@@ -200,6 +212,21 @@ def _cuts(cfg: Config, model: ModelConfig, gpu: Gpu) -> list[Config]:
         for prefetch in (True, False)
     ]
     return [replace(cfg, train=replace(cfg.train, **setting)) for setting in settings]
+
+
+def _vocabulary_cuts(cfg: Config, model: ModelConfig, gpu: Gpu) -> list[Config]:
+    """Return `_cuts` with the head in chunks of its columns, where that saves memory.
+
+    It holds dx in f32 in place of the head's gradient.
+    """
+    tokens, V = cfg.data.batch_size * cfg.data.seq_len, model.vocab_size
+    if tokens >= V:
+        return []
+    num_chunks = -(-V // max(FEWEST_COLUMNS, CHUNK_LOGITS // tokens))
+    size = -(-V // num_chunks)
+    head = {"loss_chunk_size": None, "vocab_chunk_size": size + -size % TILE_N}
+    trains = [replace(cut.train, **head) for cut in _cuts(cfg, model, gpu)]
+    return [replace(cfg, train=train) for train in dict.fromkeys(trains)]
 
 
 def _head_groups(cfg: Config, model: ModelConfig) -> list[int]:
@@ -368,9 +395,14 @@ def _too_long(cfg, model, gpu, budget) -> str:
 def _least(cfg, model, gpu, host_bytes):
     """The candidate of least device memory within the host's; of equals the leanest."""
     L = model.num_layers
-    step = StepMemory(_cuts(cfg, model, gpu)[-1], model, gpu)
+    steps = [
+        StepMemory(cuts[-1], model, gpu)
+        for cuts in (_cuts(cfg, model, gpu), _vocabulary_cuts(cfg, model, gpu))
+        if cuts
+    ]
     found = [
         _candidate(step, replace(plan, layers=L))
+        for step in steps
         for plan in reversed(PURE)
         if L % plan.every == 0
     ]

@@ -154,8 +154,9 @@ class _Time:
         matmul = self._matmul()
         attention = self._attention()
         tokens = 14 * s.V + sum(g.layers * self._moved(g) for g in groups)
-        # The chunks' weight gradients are added up in f32.
-        sums = s.L * s.W * s.n / s.C + s.V * s.D * s.n / s.C_loss
+        # What chunks add up in f32: weight gradients, of columns of the head dx.
+        chunks = s.V / s.vocab_chunk if s.vocab_chunk else s.V / s.C_loss
+        sums = s.L * s.W * s.n / s.C + s.n * s.D * chunks
         parts = {
             "matrix products": matmul,
             "attention": attention,
@@ -200,7 +201,7 @@ class _Time:
 
     def _matmul(self) -> float:
         s = self.step
-        flops = 6 * s.V * s.D + sum(
+        flops = (8 if s.vocab_chunk else 6) * s.V * s.D + sum(
             g.layers * (2 * s.W + self.passes * (4 * s.W + self._again(g)))
             for g in s.plan.groups
         )

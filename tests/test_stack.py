@@ -142,6 +142,12 @@ def test_every_plan_gives_the_plain_models_gradients(
     assert_close(gradients(kind, cfg), plain(kind))
 
 
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)])
+def test_chunks_of_the_vocabulary_give_the_plain_models_gradients(mesh):
+    cfg = config("packed", mesh, plan="full", vocab_chunk_size=20)
+    assert_close(gradients("packed", cfg), plain("packed"))
+
+
 def test_plan_and_frozen_parameters_on_a_mesh():
     plan = "2 offload=input every=2; * offload=input+attention"
     freeze = ("final_norm", "layers/mlp/w_up")

@@ -38,11 +38,11 @@ class Statistics(NamedTuple):
 
 def merge(a: Statistics, b: Statistics) -> Statistics:
     """Return the statistics of both sets of columns."""
-    return Statistics(
-        lse=jnp.logaddexp(a.lse, b.lse),
-        label_logit=a.label_logit + b.label_logit,
-        logit_sum=None if a.logit_sum is None else a.logit_sum + b.logit_sum,
-    )
+    logit_sum = None
+    if a.logit_sum is not None and b.logit_sum is not None:
+        logit_sum = a.logit_sum + b.logit_sum
+    lse = jnp.logaddexp(a.lse, b.lse)
+    return Statistics(lse, a.label_logit + b.label_logit, logit_sum)
 
 
 def token_losses(

@@ -53,31 +53,32 @@ def _forward(options: Options, x_BTD, weight, labels_BT, weights_BT):
 
 
 def _backward(options: Options, residuals: Any, g):
-    wants, (x_BTD, weight, labels_BT, weights_BT), statistics, losses = residuals
+    (wants_x, wants_weight), arrays, statistics, losses = residuals
+    x_BTD, weight, labels_BT, weights_BT = arrays
     how = find_implementation(options)
     x, labels, weights = to_rows(x_BTD, labels_BT, weights_BT)
     axis = options.head.index("V")
     V = weight.shape[axis]
-    dx, dweight = (
-        None if want is None else varying(jnp.zeros(a.shape, dtype), x)
-        for want, a, dtype in zip(
-            wants, (x, weight), (jnp.float32, weight.dtype), strict=True
-        )
-    )
+
+    def zeros(a, dtype):
+        return varying(jnp.zeros(a.shape, dtype), x)
+
+    dx = None if wants_x is None else zeros(x, jnp.float32)
+    dweight: Any = None if wants_weight is None else zeros(weight, weight.dtype)
 
     def body(carry, start, size):
         dx, dweight = carry
         dx, part = how.columns_gradients(
             options, x, _columns(options, weight, start, size, x.dtype),
             labels - start, g * weights, statistics, dx,
-            None if dweight is None else dweight.dtype, size, V,
+            dweight if dweight is None else dweight.dtype, size, V,
         )  # fmt: skip
         if dweight is not None:
-            part = how.finish(options, part, size)
+            part: Any = how.finish(options, part, size)
             dweight = lax.dynamic_update_slice_in_dim(dweight, part, start, axis)
         return dx, dweight
 
-    if wants != (None, None):
+    if dx is not None or dweight is not None:
         dx, dweight = _for_columns(options, V, body, (dx, dweight))
     if dx is not None:
         dx = dx[: labels_BT.size].reshape(x_BTD.shape).astype(x_BTD.dtype)
