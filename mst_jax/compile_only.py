@@ -1,4 +1,4 @@
-"""Compile the real train step for a GPU that is not there: its memory, its HLO.
+"""Compile the real train step for GPUs that are not there: its memory, its HLO.
 
 XLA's CUDA compiler needs a description of the GPU, not the GPU: `gpus.Gpu.target`. The
 CUDA plugin must be installed. The compilation runs in a process of its own, since the
@@ -30,7 +30,7 @@ SECONDS = 600
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """XLA's account of a compiled step, in bytes."""
+    """XLA's account of a compiled step, in bytes of one device."""
 
     arguments: int
     """State and batch."""
@@ -50,10 +50,10 @@ class Compiled:
 
 
 def compile_step(cfg: Config, model: ModelConfig, gpu: Gpu) -> Compiled:
-    """Compile `cfg`'s train step for a GPU: 10 to 60 seconds on two cores.
+    """Compile `cfg`'s train step for a GPU, or a mesh: 10 to 60 seconds on two cores.
 
     Raises:
-        NotImplementedError: state in host memory, or more than one device.
+        NotImplementedError: state in host memory.
         ImportError: the CUDA plugin is not installed.
         RuntimeError: the compilation failed; with the end of what it said.
     """
@@ -63,8 +63,6 @@ def compile_step(cfg: Config, model: ModelConfig, gpu: Gpu) -> Compiled:
             "host memory needs a device. Verify with state_on_host off; the layers' "
             "optimizer state then counts as device memory"
         )
-    if cfg.mesh.data * cfg.mesh.fsdp > 1:
-        raise NotImplementedError("only a step for one device is compiled: set mesh")
     if not any(find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
         raise ImportError(
             "compiling for a GPU needs the CUDA plugin: pip install 'mst-jax[cuda13]'"
@@ -102,33 +100,39 @@ def _compile(cfg: Config, model: ModelConfig, gpu: Gpu) -> dict[str, int | str]:
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
+    from jax.sharding import NamedSharding
 
     import mst_jax.ops.attention.api as attention
     import mst_jax.ops.matmul.mosaic_gpu as kernels
     from mst_jax.sharding import make_mesh
-    from mst_jax.train_step import abstract_state, make_train_step
+    from mst_jax.train_step import (
+        BATCH_SPEC,
+        abstract_state,
+        make_train_step,
+        state_shardings,
+    )
 
     # They ask this process's device, which is a CPU.
     attention._capability = kernels._capability = lambda: gpu.capability
 
     topology = topologies.get_topology_desc(
-        platform="cuda", target_config=gpu.target, topology="1x1x1"
-    )
-    place = SingleDeviceSharding(topology.devices[0])
-
-    def on_target(tree):
-        return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree
-        )
-
+        platform="cuda", target_config=gpu.target,
+        topology=f"1x{cfg.mesh.data * cfg.mesh.fsdp}x1",
+    )  # fmt: skip
+    mesh = make_mesh(cfg.mesh, topology.devices)
     state = abstract_state(cfg, model)
+    state = jax.tree.map(
+        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
+        state, state_shardings(state, mesh),
+    )  # fmt: skip
     names = ["tokens", "labels"]
     names += ["segment_ids", "positions"] if cfg.data.packing else []
-    shape = cfg.train.accumulate, cfg.data.batch_size, cfg.data.seq_len
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
-    step = make_train_step(cfg, model, make_mesh(cfg.mesh))
-    compiled = step.lower(on_target(state), on_target(batch)).compile()
+    ids = jax.ShapeDtypeStruct(
+        (cfg.train.accumulate, cfg.data.batch_size, cfg.data.seq_len), jnp.int32,
+        sharding=NamedSharding(mesh, BATCH_SPEC),
+    )  # fmt: skip
+    step = make_train_step(cfg, model, mesh)
+    compiled = step.lower(state, dict.fromkeys(names, ids)).compile()
     memory = compiled.memory_analysis()
     return {
         "arguments": memory.argument_size_in_bytes,

@@ -6,6 +6,7 @@ loops see its own tokens only; a layer's weights are gathered just before use, a
 gather's transpose scatters their gradients back (ZeRO-3).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,23 +32,28 @@ AXES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(cfg: MeshConfig) -> Mesh:
+def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Return the device mesh, axes `data` and `fsdp`.
+
+    Args:
+        cfg: its sizes.
+        devices: None is `jax.devices()`.
 
     Raises:
         ValueError: fewer devices than the mesh needs.
     """
-    need, have = cfg.data * cfg.fsdp, len(jax.devices())
-    if need > have:
+    devices = jax.devices() if devices is None else devices
+    need = cfg.data * cfg.fsdp
+    if need > len(devices):
         raise ValueError(
             f"mesh.data={cfg.data} * mesh.fsdp={cfg.fsdp} needs {need} devices, there "
-            f"are {have}"
+            f"are {len(devices)}"
         )
     return jax.make_mesh(
         (cfg.data, cfg.fsdp),
         BATCH_AXES,
         axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=jax.devices()[:need],
+        devices=devices[:need],
     )
 
 

@@ -111,29 +111,29 @@ import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 topology = topologies.get_topology_desc(
-    platform="cuda", target_config=sys.stdin.read(), topology=sys.argv[1])
+    platform="cuda", target_config=sys.stdin.read(), topology="1x1x1")
 place = SingleDeviceSharding(topology.devices[0])
 def array(shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 """
 
 
-def compile_for_h200(program, *, count=1, **env):
-    """Run a program that compiles for `count` H200s, in a process of its own.
+def compile_for_h200(program, **env):
+    """Run a program that compiles for an H200, in a process of its own.
 
-    It finds jax, jnp, `topology`, and `array(shape, dtype)`, an argument on the first.
+    It finds jax, jnp and `array(shape, dtype)`, an argument on that H200.
 
     Returns:
         What it printed; compilers write there too if `env` asks them to.
     """
     env = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        **os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false", **env,
     }  # fmt: skip
     env.pop("JAX_COMPILATION_CACHE_DIR", None)  # a kernel from there says nothing
     done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + program, f"1x{count}x1"],
-        input=GPUS["h200"].target, text=True, capture_output=True, timeout=300, env=env,
+        [sys.executable, "-c", PRELUDE + program], input=GPUS["h200"].target,
+        text=True, capture_output=True, timeout=300, env=env,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

@@ -1,11 +1,14 @@
 """A step on two GPUs: compiled for H200s that are not there, run where two are."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mosaic import compile_for_h200, needs_pallas
+from mosaic import needs_pallas
 
+from mst_jax.compile_only import compile_step
 from mst_jax.config import (
     Config,
     DataConfig,
@@ -14,6 +17,7 @@ from mst_jax.config import (
     OptimConfig,
     TrainConfig,
 )
+from mst_jax.gpus import GPUS
 from mst_jax.model import init_params
 from mst_jax.sharding import make_mesh
 from mst_jax.train_step import init_train_state, make_train_step
@@ -38,40 +42,20 @@ def config(data, fsdp, packing=True):
     )  # fmt: skip
 
 
-STEP = """
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
-import mst_jax.ops.attention.api as attention
-import mst_jax.ops.matmul.mosaic_gpu as kernels
-from mst_jax.train_step import (
-    BATCH_SPEC, abstract_state, make_train_step, state_shardings)
-from test_two_gpus import MODEL, T, config
-
-attention._capability = kernels._capability = lambda: (9, 0)
-cfg = config(DATA, FSDP, packing=False)
-devices = np.array(topology.devices).reshape(DATA, FSDP)
-mesh = Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
-state = abstract_state(cfg, MODEL)
-state = jax.tree.map(
-    lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
-    state, state_shardings(state, mesh))
-place = NamedSharding(mesh, BATCH_SPEC)
-ids = jax.ShapeDtypeStruct((1, 2, T), jnp.int32, sharding=place)
-batch = {"tokens": ids, "labels": ids}
-step = make_train_step(cfg, MODEL, mesh).lower(state, batch).compile()
-text = step.as_text()
-for name in ("attention_backward", "gate_up", "logits"):
-    assert f"/{name}/" in text, name
-print("all-gather" in text)
-"""
-
-
 @pytest.mark.compiled
 @needs_pallas
 @MESHES
 def test_kernels_are_in_a_step_of_two(data, fsdp):
-    program = STEP.replace("DATA", str(data)).replace("FSDP", str(fsdp))
-    assert compile_for_h200(program, count=2) == f"{fsdp > 1}\n"
+    cfg = config(data, fsdp, packing=False)
+    two = compile_step(cfg, MODEL, GPUS["h200"])
+    for name in ("attention_backward", "gate_up", "logits"):
+        assert f"/{name}/" in two.hlo, name
+    assert ("all-gather" in two.hlo) == (fsdp > 1)
+    # Bytes of one device, which has one of the two sequences.
+    whole = dataclasses.replace(cfg, mesh=MeshConfig())
+    one = compile_step(whole, MODEL, GPUS["h200"])
+    assert two.arguments < (0.6 if fsdp > 1 else 1.01) * one.arguments
+    assert two.temporaries < 0.8 * one.temporaries
 
 
 @pytest.mark.gpu

@@ -71,7 +71,7 @@ def _backward(options: Options, residuals: Any, g):
         dx, part = how.columns_gradients(
             options, x, _columns(options, weight, start, size, x.dtype),
             labels - start, g * weights, statistics, dx,
-            dweight if dweight is None else dweight.dtype, size, V,
+            None if dweight is None else dweight.dtype, size, V,
         )  # fmt: skip
         if dweight is not None:
             part: Any = how.finish(options, part, size)
