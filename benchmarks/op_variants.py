@@ -16,7 +16,7 @@ def ours_head(implementation, columns=None):
 
     options: dict = {"implementation": implementation}
     if columns:
-        options["vocab_chunk_size"] = columns
+        options |= {"vocab_chunk_size": columns, "chunk_size": 1024}
 
     def loss(x, w, y):
         return linear_cross_entropy(x, w, y, **options)[0]
@@ -151,8 +151,8 @@ def torch_mlp(compiled):
 HEAD = {
     "ours, xla": ("jax", ours_head, ("xla",)),
     "ours, mosaic_gpu": ("jax", ours_head, ("mosaic_gpu",)),
-    "ours, xla, columns": ("jax", ours_head, ("xla", 4096)),
-    "ours, mosaic_gpu, columns": ("jax", ours_head, ("mosaic_gpu", 4096)),
+    "ours, xla, columns": ("jax", ours_head, ("xla", 2048)),
+    "ours, mosaic_gpu, columns": ("jax", ours_head, ("mosaic_gpu", 2048)),
     "plain JAX, whole logits": ("jax", plain_head, ()),
     "tokamax": ("jax", tokamax_head, (None,)),
     "Liger FLCE": ("torch", liger_head, (False,)),

@@ -179,8 +179,8 @@ class TrainConfig:
     loss_chunk_size: int | None = None
     """Tokens of an LM-head chunk; None picks from a byte budget."""
     vocab_chunk_size: int | None = None
-    """Columns of the LM head at a time, for all tokens, in place of loss_chunk_size: no
-    f32 sum of its gradient, and one matrix product more."""
+    """Columns of the LM head's gradient at a time, from all tokens: one matrix product
+    more. None adds it up over the loss's chunks, in f32: twice its memory in bf16."""
     attention: Literal["auto", "mosaic_gpu", "cudnn", "xla"] = "auto"
     """What computes attention: 'mosaic_gpu', this package's Hopper kernels; 'cudnn',
     NVIDIA's; 'xla', flash attention in XLA's products; 'auto' takes the fastest that
@@ -210,12 +210,6 @@ class TrainConfig:
         positive(self, "steps", "accumulate", "eval_every", "eval_batches", "keep")
         positive(self, "loss_chunk_size", "vocab_chunk_size", "log_every")
         positive(self, "head_groups")
-        if self.loss_chunk_size is not None and self.vocab_chunk_size is not None:
-            fail(
-                self, "vocab_chunk_size",
-                f"is in place of loss_chunk_size={self.loss_chunk_size}: set one of "
-                "them to None",
-            )  # fmt: skip
         read_groups(self.plan)
         not_negative(self, "mlp_chunk_size", "save_every")
 

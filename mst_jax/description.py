@@ -109,15 +109,14 @@ def _chunks(sizes: tuple[int, int], length: int) -> str:
 
 
 def _loss_chunks(cfg: Config, model: ModelConfig, implementation: str) -> str:
-    if columns := cfg.train.vocab_chunk_size:
-        V = model.vocab_size
-        return f"chunks of {min(columns, V)} of {V} columns, logits computed twice"
-    T = cfg.data.seq_len
+    T, V = cfg.data.seq_len, model.vocab_size
     size = cfg.train.loss_chunk_size or linear_cross_entropy.loss_chunk_size(
-        local_batch(cfg), model.vocab_size, implementation
+        local_batch(cfg), V, implementation
     )
-    size = split_length(T, size)[1]
-    return f"chunks of {size} of {T} tokens, gradients in the forward pass"
+    text = f"chunks of {split_length(T, size)[1]} of {T} tokens, "
+    if columns := cfg.train.vocab_chunk_size:
+        return text + f"the head's gradient {min(columns, V)} of {V} columns at a time"
+    return text + "gradients in the forward pass"
 
 
 def describe(

@@ -34,9 +34,11 @@ from mst_jax.step_memory import (
 GRAIN = 1024
 """Lengths are searched in multiples of this many tokens."""
 CHUNK_LOGITS = 2**26
-"""Logits of a chunk of the vocabulary, at least `FEWEST_COLUMNS` of each token."""
+"""Logits for some columns of the head's gradient, at least `FEWEST_COLUMNS`."""
 FEWEST_COLUMNS = 2048
 """Narrower matrix products wait for memory."""
+FEWEST_ROWS = 1024
+"""Shorter chunks of the loss make fewer tiles of dx than a GPU has multiprocessors."""
 
 
 def _kept(text: str, every: int = 1) -> LayerGroup:
@@ -215,16 +217,15 @@ def _cuts(cfg: Config, model: ModelConfig, gpu: Gpu) -> list[Config]:
 
 
 def _vocabulary_cuts(cfg: Config, model: ModelConfig, gpu: Gpu) -> list[Config]:
-    """Return `_cuts` with the head in chunks of its columns, where that saves memory.
-
-    It holds dx in f32 in place of the head's gradient.
-    """
-    tokens, V = cfg.data.batch_size * cfg.data.seq_len, model.vocab_size
-    if tokens >= V:
-        return []
-    num_chunks = -(-V // max(FEWEST_COLUMNS, CHUNK_LOGITS // tokens))
+    """Return `_cuts` with the head's gradient made by columns, of small logits."""
+    B, T, V = cfg.data.batch_size, cfg.data.seq_len, model.vocab_size
+    num_chunks = -(-V // max(FEWEST_COLUMNS, CHUNK_LOGITS // (B * T)))
     size = -(-V // num_chunks)
-    head = {"loss_chunk_size": None, "vocab_chunk_size": size + -size % TILE_N}
+    rows = max(FEWEST_ROWS // B, default_loss_chunk(cfg, model, gpu) // 16)
+    head = {
+        "loss_chunk_size": _equal_chunks(T, rows, B),
+        "vocab_chunk_size": size + -size % TILE_N,
+    }
     trains = [replace(cut.train, **head) for cut in _cuts(cfg, model, gpu)]
     return [replace(cfg, train=train) for train in dict.fromkeys(trains)]
 

@@ -154,9 +154,9 @@ class _Time:
         matmul = self._matmul()
         attention = self._attention()
         tokens = 14 * s.V + sum(g.layers * self._moved(g) for g in groups)
-        # What chunks add up in f32: weight gradients, of columns of the head dx.
-        chunks = s.V / s.vocab_chunk if s.vocab_chunk else s.V / s.C_loss
-        sums = s.L * s.W * s.n / s.C + s.n * s.D * chunks
+        # The chunks' weight gradients are added up in f32.
+        sums = s.L * s.W * s.n / s.C
+        sums += 0 if s.vocab_chunk else s.V * s.D * s.n / s.C_loss
         parts = {
             "matrix products": matmul,
             "attention": attention,

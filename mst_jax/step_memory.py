@@ -6,7 +6,7 @@ W = D (N + 2 K) H + N H D + 3 D F weights, the phases hold in bytes
 
     head       residuals + n (3 a D + 4 H) + 4 D V + C V (4 + a)
       its sum  residuals + n (2 a D + 4 H) + 4 D V + w D V
-      or       residuals + n (2 a D + 4 D + 4 H) + w D V + V_c (n (4 + a) + 2 a D)
+      columns  residuals + n (2 a D + 4 H) + w D V + V_c (n (4 + a) + w D)
     MLP        residuals + sequences + 2 n a K H + C a (6 F + 2 D) + 12 D F + layer
       whole    residuals + sequences + n a (3 F + 3 D) + layer
     attention  residuals + sequences + n A / head_groups + workspace + 12 D F + layer
@@ -14,7 +14,7 @@ W = D (N + 2 K) H + N H D + 3 D F weights, the phases hold in bytes
     sequences  n (a (2 D + N H) + 4 (N + H))
     layer      a W + 8 N H D
 
-with V_c columns of a chunk of the vocabulary, A a token's arrays and workspace in
+with V_c columns of the head's gradient at a time, A a token's arrays and workspace in
 
     cuDNN                   A = a (3 N H + 4 K H)    workspace 8 n N H / head_groups
     the same, packed        A = a (4 N H + 6 K H)    twice as much (packed.RATIO)
@@ -190,11 +190,6 @@ class StepMemory:
             4 * (self.trained["embed"] + self.trained["lm_head"]) + self.layer_gradients
         )
         held = held if self._accumulates else 0  # of earlier micro-batches
-        if columns := self.vocab_chunk:
-            # dx in f32 beside x, and a slice of the head and one of its gradient.
-            chunk = columns * (self.n * logits + 2 * self.wide * self.D)
-            size = tokens + self.n * (self.a + 4) * self.D + self.w * trained + chunk
-            return {"head and loss": size, "gradients": held}
         copies = self.wide * self.V * self.D if self.wide != self.w else 0
         if self.head_kernels and self.model.tie_embeddings and self.C_loss < self.n:
             copies += self.a * self.V * self.D  # [D, V], as the kernels take it
@@ -202,8 +197,15 @@ class StepMemory:
         # After the chunks their sum is rounded to the head's dtype: both exist, and the
         # gradient of y.
         rounded = self.w * trained + self.n * self.a * self.D if self.w < 4 else 0
-        size = tokens + 4 * trained + max(copies + chunk, rounded)
-        return {"head and loss": size, "gradients": held}
+        if columns := self.vocab_chunk:
+            # Its gradient comes after the chunks: beside x and dx the columns' logits,
+            # and their slice of the head or of the gradient.
+            by_columns = self.n * self.a * self.D + self.w * trained
+            by_columns += columns * (self.n * logits + max(self.w, self.wide) * self.D)
+            size = max(copies + chunk, by_columns)
+        else:
+            size = 4 * trained + max(copies + chunk, rounded)
+        return {"head and loss": tokens + size, "gradients": held}
 
     @property
     def _accumulates(self) -> bool:

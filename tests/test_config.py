@@ -209,11 +209,6 @@ BAD = [
         {"vocab_chunk_size": 0},
         "TrainConfig.vocab_chunk_size=0 must be positive, or None",
     ),
-    (
-        TrainConfig,
-        {"vocab_chunk_size": 8192, "loss_chunk_size": 4096},
-        "TrainConfig.vocab_chunk_size=8192 is in place of loss_chunk_size=4096",
-    ),
     (TrainConfig, {"mlp_chunk_size": -1}, "TrainConfig.mlp_chunk_size=-1 is negative"),
     (TrainConfig, {"save_every": -1}, "TrainConfig.save_every=-1 is negative"),
     (TrainConfig, {"head_groups": 0}, "TrainConfig.head_groups=0 must be positive"),

@@ -85,8 +85,8 @@ def test_chunks_and_plan_are_what_runs(data):
         "chunks of 512 of 512"
     )
     assert re.match(r"chunks of 512 of 512", lines(run(), data)["loss"])
-    said_too = lines(run(vocab_chunk_size=100), data)["loss"]
-    assert said_too.startswith(f"chunks of 100 of {MODEL.vocab_size} columns, ")
+    by_columns = lines(run(vocab_chunk_size=100), data)["loss"]
+    assert f", the head's gradient 100 of {MODEL.vocab_size} columns" in by_columns
     uneven = lines(run(mlp_chunk_size=100, loss_chunk_size=100), data)
     assert uneven["layers"].startswith("chunks of 88 of 512 tokens, the last of 72; ")
     assert uneven["loss"].startswith("chunks of 88 of 512 tokens, ")

@@ -193,9 +193,6 @@ def test_large_logits_stay_finite():
 def test_label_outside_the_vocabulary_is_nan(label):
     x, w, y = make(10, masked="none")
     assert np.isnan(linear_cross_entropy(x, w, y.at[0, 3].set(label))[0])
-    for chunk in (7, V):
-        bad = y.at[0, 3].set(label)
-        assert np.isnan(linear_cross_entropy(x, w, bad, vocab_chunk_size=chunk)[0])
     found = token_log_probs(x, w, y.at[0, 3].set(label))
     assert all(np.isnan(values[0, 3]) for values in found)
 

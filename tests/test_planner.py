@@ -160,10 +160,10 @@ def test_the_heads_chunk_is_that_of_what_computes_it(monkeypatch):
     assert more == 4096 * LLAMA.vocab_size * 4
 
 
-def test_chunks_of_the_vocabulary_make_room_for_what_layers_keep(monkeypatch):
+def test_the_heads_gradient_by_columns_makes_room_for_what_layers_keep(monkeypatch):
     # 1.6 GiB of the head's phase, the peak of short sequences.
     cfg, p = fastest_plan(config(8192), LLAMA, H200, int(21.2 * GIB))
-    assert cfg.train.vocab_chunk_size == 8192 and cfg.train.loss_chunk_size is None
+    assert (cfg.train.vocab_chunk_size, cfg.train.loss_chunk_size) == (8192, 1024)
     monkeypatch.setattr(planner, "_vocabulary_cuts", lambda *_: [])
     without, slower = fastest_plan(config(8192), LLAMA, H200, int(21.2 * GIB))
     assert without.train.vocab_chunk_size is None
@@ -172,7 +172,7 @@ def test_chunks_of_the_vocabulary_make_room_for_what_layers_keep(monkeypatch):
 
 @search
 @pytest.mark.parametrize("tokens, gib", [(8192, 60), (2**18, 60)])
-def test_chunks_of_tokens_where_memory_is_not_short(tokens, gib):
+def test_the_heads_gradient_is_summed_where_memory_is_not_short(tokens, gib):
     train = fastest_plan(config(tokens), LLAMA, H200, gib * GIB)[0].train
     assert train.vocab_chunk_size is None and train.loss_chunk_size <= tokens
 

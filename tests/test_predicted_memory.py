@@ -300,9 +300,9 @@ def test_more_than_one_device_is_refused():
 # --- compiled ---
 
 # The head's phase is the peak.
-NARROW = {
+COLUMNS = {
     "model": dataclasses.replace(LLAMA, num_layers=2, vocab_size=4 * 128256),
-    "plan": "full", "optim": {"freeze": ("embed",)},
+    "plan": "full", "optim": {"freeze": ("embed",)}, "vocab_chunk_size": 8192,
 }  # fmt: skip
 
 
@@ -315,8 +315,8 @@ NARROW = {
         ("h200", config(65536, plan="save_attention", mlp_chunk_size=65536)),
         ("h200", config(32768, plan="none", mlp_chunk_size=32768)),
         ("h200", config(262144, plan="offload", head_groups=8)),
-        ("h200", config(16384, vocab_chunk_size=8192, **NARROW)),
-        ("a100-40gb", config(8192, vocab_chunk_size=8192, **NARROW)),
+        ("h200", config(16384, loss_chunk_size=1024, **COLUMNS)),
+        ("a100-40gb", config(8192, loss_chunk_size=512, **COLUMNS)),
         ("h200", config(131072, plan="offload_attention", prefetch=True)),
         ("h200", config(131072, plan="offload", attention="xla")),
         ("h200", config(16384, plan="save_attention", attention="mosaic_gpu")),

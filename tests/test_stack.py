@@ -143,8 +143,8 @@ def test_every_plan_gives_the_plain_models_gradients(
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 4)])
-def test_chunks_of_the_vocabulary_give_the_plain_models_gradients(mesh):
-    cfg = config("packed", mesh, plan="full", vocab_chunk_size=20)
+def test_the_heads_gradient_by_columns_is_the_plain_models(mesh):
+    cfg = config("packed", mesh, plan="full", loss_chunk_size=20, vocab_chunk_size=20)
     assert_close(gradients("packed", cfg), plain("packed"))
 
 

@@ -5,8 +5,7 @@
 
 The loss is a sum, so its gradient is known as soon as a chunk's logits are: `chunks.py`
 computes it in the forward pass. Memory: O(T V) -> O(C V), and [D, V] in f32 for the
-gradient. Chunks of the vocabulary (`vocabulary.py`) need no such sum, O(T C), and one
-more matrix product.
+gradient, which `vocabulary.py` does without, for one more matrix product.
 
 Luo et al. 2024 (arXiv 2407.15892) chunk the head; Liger Kernel (arXiv 2410.10989) and
 Cut Cross-Entropy (arXiv 2411.09009) compute gradients in the forward pass.
@@ -20,13 +19,9 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Num
 
 from mst_jax.mini_sequence import mini_sequence, split_length, to_chunks
-from mst_jax.ops.linear_cross_entropy import chunks, mosaic_gpu, vocabulary, xla
-from mst_jax.ops.linear_cross_entropy.chunks import varying
-from mst_jax.ops.linear_cross_entropy.loss import (
-    Options,
-    mask_invalid,
-    token_losses,
-)
+from mst_jax.ops.linear_cross_entropy import mosaic_gpu, xla
+from mst_jax.ops.linear_cross_entropy.chunks import varying, weighted_sum
+from mst_jax.ops.linear_cross_entropy.loss import Options, token_losses
 from mst_jax.ops.matmul import device_obstacle
 
 LOGITS_BYTES = 2**31
@@ -64,10 +59,10 @@ def linear_cross_entropy(
         labels: [...] integers in [0, V), or `ignore_index`. Others make the sum NaN.
         chunk_size: tokens of a chunk along the last token axis; None keeps a chunk's
             logits below 2 GiB: f32 in XLA, two bytes each in Mosaic GPU.
-        vocab_chunk_size: columns of a chunk of the vocabulary, all tokens at a time,
-            in place of chunk_size: no f32 sum of [D, V], but one of [..., D], and four
-            matrix products in place of three. Less memory where there are fewer tokens
-            than V.
+        vocab_chunk_size: columns of weight's gradient that are made at a time, from all
+            tokens: nothing is summed in f32, and four matrix products in place of
+            three. Their logits, [..., vocab_chunk_size], are there as a chunk's are.
+            None sums it over the chunks.
         ignore_index: label of tokens that do not count.
         token_weights: [...] factors of the tokens' losses, 1 if None. Differentiable.
         z_loss: factor z of lse^2 (PaLM, arXiv 2204.02311), like the next two a number
@@ -91,30 +86,19 @@ def linear_cross_entropy(
         z_loss, logit_softcap, label_smoothing, implementation, transposed,
         vocab_chunk_size,
     )  # fmt: skip
-    if chunk_size is not None and vocab_chunk_size is not None:
-        raise ValueError(
-            f"{chunk_size=} and {vocab_chunk_size=} exclude each other: set one to None"
-        )
     hidden, labels, weights = _flatten(hidden, labels, token_weights, ignore_index)
     B, T, _ = hidden.shape
-    if vocab_chunk_size is not None:
-        total = _total(vocabulary, options, hidden, weight, labels, weights)
-        return total, weights.sum()
     if chunk_size is None:
-        V = weight.shape[options.head.index("V")]
+        V = weight.shape[options.vocab_axis]
         chunk_size = loss_chunk_size(B, V, options.implementation)
     num_chunks, size = split_length(T, chunk_size)
     pad = num_chunks * size - T
     weights = jnp.pad(weights, ((0, 0), (0, pad)))
-    hidden, labels = to_chunks((hidden, labels), num_chunks, size, 1)
+    chunks = to_chunks((hidden, labels), num_chunks, size, 1)
     weights = to_chunks(weights, num_chunks, size, 1)
-    return _total(chunks, options, hidden, weight, labels, weights), weights.sum()
-
-
-def _total(loop, options: Options, *arrays) -> jax.Array:
-    """Return `loop.weighted_sum`; inside shard_map all arrays vary as one does."""
-    total = loop.weighted_sum(options, *(varying(a, *arrays) for a in arrays))
-    return cast(jax.Array, total)
+    arrays = chunks[0], weight, chunks[1], weights
+    total = weighted_sum(options, *(varying(a, *arrays) for a in arrays))
+    return cast(jax.Array, total), weights.sum()
 
 
 def token_log_probs(
@@ -158,8 +142,8 @@ def token_log_probs(
         hidden, labels, weights = x
         logits = xla.compute_logits(options, hidden, weight)
         found = xla.find_statistics(options, logits, labels)
-        losses = token_losses(options, found, labels, V)
-        log_probs = mask_invalid(found.label_logit, labels, V) - found.lse
+        losses = token_losses(options, found, V)
+        log_probs = found.label_logit - found.lse
         keep = weights > 0
         return jnp.where(keep, losses, 0), jnp.where(keep, log_probs, 0)
 

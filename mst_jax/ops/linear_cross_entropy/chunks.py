@@ -2,7 +2,8 @@
 
 The forward scan turns a chunk's logits into dlogits, adds x^T dlogits to an f32 weight
 gradient and keeps dlogits W^T. That is three matrix products; differentiating a
-recomputing scan needs four.
+recomputing scan needs four. With `vocab_chunk_size` the scan leaves the weight's
+gradient to the backward pass, which makes it by columns: `vocabulary.py`.
 """
 
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mst_jax.ops.linear_cross_entropy import mosaic_gpu, xla
+from mst_jax.ops.linear_cross_entropy import mosaic_gpu, vocabulary, xla
 from mst_jax.ops.linear_cross_entropy.loss import Options
 
 
@@ -26,8 +27,8 @@ def weighted_sum(options: Options, x_MBCD, weight, labels_MBC, weights_MBC) -> A
         labels_MBC: labels; any where the weight is 0.
         weights_MBC: f32 factors of the losses.
     """
-    how = find_implementation(options)
-    V = weight.shape[options.head.index("V")]
+    how = _implementation(options)
+    V = weight.shape[options.vocab_axis]
     weight = how.prepare(options, weight.astype(x_MBCD.dtype))
 
     def body(total, chunk):
@@ -49,8 +50,7 @@ def varying(a, *like):
     return jax.lax.pcast(a, tuple(more), to="varying") if more else a
 
 
-def find_implementation(options: Options):
-    """Return the module that computes chunks."""
+def _implementation(options: Options):
     return mosaic_gpu if options.implementation == "mosaic_gpu" else xla
 
 
@@ -59,47 +59,59 @@ def _masked(losses, weights):
 
 
 def _forward(options: Options, x_MBCD, weight, labels_MBC, weights_MBC):
-    how = find_implementation(options)
+    how = _implementation(options)
     wants_x, wants_weight = x_MBCD.perturbed, weight.perturbed
-    # An empty array carries the dtype in which the weight's gradient is due.
-    dtype = jnp.zeros((0,), weight.value.dtype)
-    V = weight.value.shape[options.head.index("V")]
-    x_MBCD = x_MBCD.value
-    weight = how.prepare(options, weight.value.astype(x_MBCD.dtype))
+    sums = wants_weight and options.vocab_chunk_size is None
+    x_MBCD, given, labels_MBC, weights_MBC = (
+        a.value for a in (x_MBCD, weight, labels_MBC, weights_MBC)
+    )
+    V = given.shape[options.vocab_axis]
+    weight = how.prepare(options, given.astype(x_MBCD.dtype))
 
     def body(carry, chunk):
         total, dweight = carry
         x, labels, weights = chunk
-        losses, dx, dweight = how.chunk_gradients(
+        losses, statistics, dx, dweight = how.chunk_gradients(
             options, x, weight, labels, weights, dweight, wants_x, V
         )
-        return (total + _masked(losses, weights).sum(), dweight), (dx, losses)
+        total += _masked(losses, weights).sum()
+        return (total, dweight), (dx, losses, statistics)
 
     def zeros(*shape):
         return varying(jnp.zeros(shape, jnp.float32), x_MBCD)
 
-    (total, dweight), (dx_MBCD, losses_MBC) = jax.lax.scan(
+    (total, dweight), (dx_MBCD, losses_MBC, statistics_MBC) = jax.lax.scan(
         body,
-        (zeros(), zeros(*weight.shape) if wants_weight else None),
-        (x_MBCD, labels_MBC.value, weights_MBC.value),
+        (zeros(), zeros(*weight.shape) if sums else None),
+        (x_MBCD, labels_MBC, weights_MBC),
     )
     if dx_MBCD is not None and dweight is not None:
         # Of one chunk XLA would compute dx after the weight's update, from a copy of
         # the weight, with the logits there while the sum is rounded: 1 GiB of 8B's.
         dx_MBCD, dweight = jax.lax.optimization_barrier((dx_MBCD, dweight))
-    dweight = None if dweight is None else how.finish(options, dweight, V)
-    return total, (dx_MBCD, dweight, dtype, losses_MBC)
+    # An empty array carries the dtype in which the weight's gradient is due.
+    due = jnp.zeros((0,), given.dtype)
+    dweight = None if dweight is None else (how.finish(options, dweight, V), due)
+    columns = None
+    if wants_weight and not sums:
+        columns = x_MBCD, given, labels_MBC, weights_MBC, statistics_MBC
+    return total, (dx_MBCD, dweight, columns, losses_MBC)
 
 
 def _backward(options: Options, residuals: Any, g):
-    del options
-    dx_MBCD, dweight, dtype, losses_MBC = residuals
+    dx_MBCD, dweight, columns, losses_MBC = residuals
     if dx_MBCD is not None:
         dx_MBCD = (g * dx_MBCD).astype(dx_MBCD.dtype)
     if dweight is not None:
+        dweight, due = dweight
         # Without the barrier XLA keeps the f32 sum alive until the update and casts it
         # there: 1 GiB more at the peak for Llama3-8B.
-        dweight = jax.lax.optimization_barrier((g * dweight).astype(dtype.dtype))
+        dweight = jax.lax.optimization_barrier((g * dweight).astype(due.dtype))
+    if columns is not None:
+        x_MBCD, weight, labels_MBC, weights_MBC, statistics_MBC = columns
+        dweight = vocabulary.weight_gradient(
+            options, x_MBCD, weight, labels_MBC, g * weights_MBC, statistics_MBC
+        )
     return dx_MBCD, dweight, None, g * losses_MBC
 
 

@@ -72,64 +72,62 @@ def finish(options: Options, dweight, vocab_size: int):
 def chunk_losses(options: Options, x, weight, labels, vocab_size: int):
     """[B, C, D] -> losses [B, C], f32, with no more than statistics in memory."""
     shape = labels.shape
-    x, labels = to_rows(x, labels)
-    found = columns_statistics(options, x, weight, labels, vocab_size)
-    losses = token_losses(options, found, labels, vocab_size)
+    x, labels = _rows(x, labels)
+    tiles = logits_kernel(x, weight, labels, vocab_size, options, write=False)
+    losses = token_losses(options, _reduce(tiles, labels, vocab_size), vocab_size)
     return losses[: prod(shape)].reshape(shape)
 
 
 def chunk_gradients(
     options: Options, x, weight, labels, weights, dweight, wants_x, vocab_size: int
 ):
-    """Return (losses [B, C], dx [B, C, D], dweight with this chunk's added).
+    """Return (losses, their statistics [B, C], dx [B, C, D], dweight with its part).
 
     dweight of None stays None, and dx is None unless `wants_x`.
     """
     shape, count = x.shape, labels.size
-    x, flat, weights = to_rows(x, labels, weights)
+    x, flat, weights = _rows(x, labels, weights)
     *tiles, p = logits_kernel(x, weight, flat, vocab_size, options, write=True)
-    found = _reduce(tiles, flat, vocab_size)
-    losses = token_losses(options, found, flat, vocab_size)
-    dlogits = _dlogits(options, tiles[0], p, found, flat, weights, vocab_size)
+    rows = _reduce(tiles, flat, vocab_size)
+    losses = token_losses(options, rows, vocab_size)
+    dlogits = _dlogits(options, tiles[0], p, rows, flat, weights, vocab_size)
     dx = None
     if wants_x:
         dx = matmul(dlogits, weight, transpose_b=True)[:count].reshape(shape)
     if dweight is not None:
         dweight = matmul(x, dlogits, transpose_a=True, total=dweight)
-    return losses[:count].reshape(labels.shape), dx, dweight
+    losses, statistics = jax.tree.map(
+        lambda a: a[:count].reshape(labels.shape), (losses, rows)
+    )
+    return losses, statistics, dx, dweight
 
 
-def columns_statistics(options: Options, x, weight, labels, columns: int) -> Statistics:
-    """Return the statistics [R] of some columns' logits, labels counted from there.
-
-    R, the rows of x, is a multiple of 8. `columns` of the weight's count.
-    """
-    tiles = logits_kernel(x, weight, labels, columns, options, write=False)
-    return _reduce(list(tiles), labels, columns)
-
-
-def columns_gradients(
-    options: Options, x, weight, labels, weights, statistics, dx, dtype, columns: int,
+def columns_gradient(
+    options: Options, x, weight, labels, weights, statistics, columns: int, dtype,
     vocab_size: int,
 ):  # fmt: skip
-    """Return (dx [R, D] with the columns' part added in f32, their dweight in `dtype`).
+    """Return the gradient of some columns of the head, [D, S], in `dtype`.
 
-    dx of None stays None; dweight is None if `dtype` is. `statistics` are those of all
-    columns.
+    Args:
+        options: of the loss.
+        x: [R, D], all tokens.
+        weight: the columns as `prepare` returns them, [D, S].
+        labels, weights: [R]; labels are counted from the first of the columns.
+        statistics: [R], of the logits of the whole vocabulary.
+        columns: how many of weight's count.
+        dtype: of the gradient.
+        vocab_size: V.
     """
+    lse, label_logit, _ = statistics
+    x, labels, weights, lse, label_logit = _rows(x, labels, weights, lse, label_logit)
     m, *_, p = logits_kernel(x, weight, labels, columns, options, write=True)
-    labels = jnp.where(labels < columns, labels, -1)  # none of a padded column
-    dlogits = _dlogits(options, m, p, statistics, labels, weights, vocab_size)
-    if dx is not None:
-        dx = matmul(dlogits, weight, transpose_b=True, total=dx)
-    dweight = None
-    if dtype is not None:
-        narrow = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
-        dweight = matmul(x, dlogits, transpose_a=True, dtype=narrow).astype(dtype)
-    return dx, dweight
+    rows = Statistics(lse, label_logit, None)
+    dlogits = _dlogits(options, m, p, rows, labels, weights, vocab_size)
+    narrow = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+    return matmul(x, dlogits, transpose_a=True, dtype=narrow).astype(dtype)
 
 
-def to_rows(x, *tokens):
+def _rows(x, *tokens):
     """Return x as [R, D], the others as [R], R rounded up to what TMA moves at once."""
     x = x.reshape(-1, x.shape[-1])
     pad = -x.shape[0] % 8
@@ -137,24 +135,34 @@ def to_rows(x, *tokens):
     return jnp.pad(x, ((0, pad), (0, 0))), *tokens
 
 
-def _reduce(tiles, labels, columns: int) -> Statistics:
+def _reduce(tiles, labels, vocab_size: int) -> Statistics:
     """Statistics of tiles [t, R or more], labels [R] -> those of each row [R]."""
     m, s, label_logits, *sums = (a[:, : labels.shape[0]] for a in tiles)
-    here = (labels >= 0) & (labels < columns)
-    tile = jnp.where(here, labels // TILE_N, 0)
+    valid = (labels >= 0) & (labels < vocab_size)
+    tile = jnp.where(valid, labels // TILE_N, 0)
     top = m.max(0)
     lse = top + jnp.log((2.0**-SHIFT * s * jnp.exp(m - top)).sum(0))
     label_logit = jnp.take_along_axis(label_logits, tile[None], 0)[0]
     logit_sum = sums[0].sum(0) if sums else None
-    return Statistics(lse, jnp.where(here, label_logit, 0), logit_sum)
+    return Statistics(lse, jnp.where(valid, label_logit, jnp.nan), logit_sum)
 
 
 def _dlogits(options: Options, m, p, statistics, labels, weights, vocab_size: int):
-    """Turn p [R, V] into dlogits, in its memory; `statistics` are of all columns."""
-    lse, label_logit, _ = statistics
-    rows = (labels, weights, lse, label_logit)
+    """Turn p [R, S] into dlogits, in its memory.
+
+    Args:
+        options: of the loss.
+        m: [t, R or more], the tiles' maxima.
+        p: [R, S], of all columns or of some.
+        statistics: [R], of all columns.
+        labels, weights: [R]; labels are counted from the first of the columns. None of
+            the others is there.
+        vocab_size: V.
+    """
     pad = m.shape[1] - labels.shape[0]
-    labels, weights, lse, label_logit = (jnp.pad(a, (0, pad)) for a in rows)
+    labels, weights, lse, label_logit = (
+        jnp.pad(a, (0, pad)) for a in (labels, weights, *statistics[:2])
+    )
     scale, smooth, at_label = _coefficients(
         options, m, lse, label_logit, weights, vocab_size
     )
