@@ -160,16 +160,21 @@ def update_layer(
         key: of the step.
         **options: see `update`.
     """
-    params, state = stacks
-    stored = at(state, i)
-    old = jax.tree.map(lambda a: jax.device_put(a, jax.memory.Space.Device), stored)
-    own, new = update_one(
-        optimizer, at(params, i), gradients, old, key=unit_key(key, i), **options
-    )
-    new = jax.tree.map(
-        lambda a, like: jax.device_put(a, jax.typeof(like).memory_space), new, stored
-    )
-    return put(params, i, own), put(state, i, new)
+    own_key = unit_key(key, i)
+
+    def one(entry, gradients):
+        params, stored = entry
+        old = jax.tree.map(lambda a: jax.device_put(a, jax.memory.Space.Device), stored)
+        params, new = update_one(
+            optimizer, params, gradients, old, key=own_key, **options
+        )
+        new = jax.tree.map(
+            lambda a, like: jax.device_put(a, jax.typeof(like).memory_space),
+            new, stored,
+        )  # fmt: skip
+        return params, new
+
+    return rewrite(one, stacks, i, gradients)
 
 
 @jax.named_scope("optimizer")
@@ -239,13 +244,22 @@ def at(stacks: Any, i: Any) -> Any:
     )
 
 
-def put(stacks: Any, i: Any, entry: Any) -> Any:
-    """Return the stacks with entry i replaced, in the stacks' dtypes."""
-    return jax.tree.map(
-        lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b.astype(a.dtype), i, 0),
-        stacks,
-        entry,
-    )
+def rewrite(fn: Callable[[Any, Any], Any], stacks: Any, i: Any, new: Any) -> Any:
+    """Return the stacks with `fn(entry i, new)` in entry i, in the stacks' dtypes.
+
+    Under vmap over one entry: XLA reads a slice of a stack in the kernel that
+    overwrites it, and does not copy it before, only if nothing but elementwise
+    operations lies between. A reshape of [1, D, F] to [D, F] is none.
+    """
+
+    def one(a):
+        return jax.lax.dynamic_slice_in_dim(a, i, 1)
+
+    def put(a, b):
+        return jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), i, 0)
+
+    new = jax.tree.map(lambda a: a[None], new)
+    return jax.tree.map(put, stacks, jax.vmap(fn)(jax.tree.map(one, stacks), new))
 
 
 def check_frozen(params: Any, freeze: tuple[str, ...]) -> None:

@@ -38,7 +38,7 @@ from mst_jax.optim import (
     layer_clip,
     make_optimizer,
     make_schedule,
-    put,
+    rewrite,
     split_frozen,
     squared_norm,
     update,
@@ -148,13 +148,12 @@ def make_gradients(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...,
 
         trained, _ = split_frozen(params, cfg.optim.freeze)
         zero = jnp.zeros((), jnp.float32)
-        zeros = jax.tree.map(
-            lambda p: jnp.zeros(p.shape, jnp.float32 if wide else p.dtype), trained
-        )
-        carry = (zero, zero, zeros)
         if wide:
-            carry, _ = jax.lax.scan(add, carry, batch)
+            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
+            carry, _ = jax.lax.scan(add, (zero, zero, zeros), batch)
         else:
+            empty = jax.tree.map(lambda p: jax.lax.empty(p.shape, p.dtype), trained)
+            carry = zero, zero, empty
             carry, _ = add(carry, jax.tree.map(lambda a: a[0], batch))
         total, count, sums = carry
         if mesh.size > 1:
@@ -171,18 +170,25 @@ def make_gradients(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...,
 
 
 def _whole_gradients(cfg, model, rest, weights_at, batch, sums, specs):
-    """Add a micro-batch's gradients to `sums`, shards of the trained parameters."""
+    """Add a micro-batch's gradients to `sums`, shards of the trained parameters.
+
+    Of one micro-batch they are the sums, whatever is there.
+    """
     freeze = cfg.optim.freeze
 
-    def add(name, total, new):
+    def shards(name, new):
         new = {name: new}
         if cfg.mesh.fsdp > 1:
             new = scatter(new, {name: specs[name]})
-        new = split_frozen(new, freeze)[0].get(name, {})
-        return jax.tree.map(lambda a, b: (a + b).astype(a.dtype), total, new)
+        return split_frozen(new, freeze)[0].get(name, {})
+
+    def add(total, new):
+        if cfg.train.accumulate == 1:
+            return jax.tree.map(lambda a, b: b.astype(a.dtype), total, new)
+        return jax.tree.map(jnp.add, total, new)
 
     def consume(stacks, i, gradients):
-        return put(stacks, i, add("layers", at(stacks, i), gradients))
+        return rewrite(add, stacks, i, shards("layers", gradients))
 
     run = forward(cfg, model, rest, weights_at, batch)
     dx, layers = stack_backward(
@@ -193,7 +199,7 @@ def _whole_gradients(cfg, model, rest, weights_at, batch, sums, specs):
     if "embed" in sums:
         tied = new.get("embed")
         new["embed"] = embedding_gradient(batch["tokens"], dx, rest["embed"], tied)
-    sums = sums | {name: add(name, sums[name], g) for name, g in new.items()}
+    sums = sums | {name: add(sums[name], shards(name, g)) for name, g in new.items()}
     return run.total, run.count, sums | ({"layers": layers} if layers else {})
 
 

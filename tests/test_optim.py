@@ -15,7 +15,7 @@ from mst_jax.optim import (
     init_state,
     join_frozen,
     make_optimizer,
-    put,
+    rewrite,
     split_frozen,
     unit_key,
     update,
@@ -119,9 +119,11 @@ def test_every_unit_rounds_with_a_key_of_its_own():
     assert len(keys) == len(units)
 
 
-def test_put_keeps_the_stacks_dtype():
-    stacks = {"a": jnp.zeros((3, 2), jnp.bfloat16)}
-    new = put(stacks, 1, {"a": jnp.float32([1, 2])})
+def test_rewrite_keeps_the_stacks_dtype():
+    stacks = {"a": jnp.ones((3, 2), jnp.bfloat16)}
+    new = rewrite(
+        lambda own, new: {"a": own["a"] + new}, stacks, 1, jnp.float32([1, 2])
+    )
     assert new["a"].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(new["a"], jnp.bfloat16([[0, 0], [1, 2], [0, 0]]))
-    np.testing.assert_array_equal(at(new, 1)["a"], jnp.bfloat16([1, 2]))
+    np.testing.assert_array_equal(new["a"], jnp.bfloat16([[1, 1], [2, 3], [1, 1]]))
+    np.testing.assert_array_equal(at(new, 1)["a"], jnp.bfloat16([2, 3]))
