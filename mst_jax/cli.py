@@ -25,14 +25,10 @@ def train_main(recipes: Path, args: list[str] | None = None) -> int:
         if recipe is None:
             print(_usage(recipes))
             return 0 if {"-h", "--help"} & set(args) else 2
-        cfg = load_recipe(recipe)
-        cfg = tyro.cli(
-            tyro.conf.configure(tyro.conf.AvoidSubcommands)(Config),
-            prog=f"train.py --config {recipe}",
-            description=f"Train {recipe}. Every option overrides the recipe.",
-            default=cfg,
-            args=overrides,
-        )
+        cfg = _override(
+            load_recipe(recipe), overrides, f"train.py --config {recipe}",
+            f"Train {recipe}. Every option overrides the recipe.",
+        )  # fmt: skip
         # Here, so that --help and a mistyped option answer at once.
         from mst_jax.checkpoint import SaveError
         from mst_jax.memory import OutOfMemoryError
@@ -72,6 +68,12 @@ def load_recipe(path: str | Path) -> Config:
     if not isinstance(cfg, Config):
         raise ValueError(f"{path}: get_config() returned {type(cfg).__name__}")
     return cfg
+
+
+def _override(cfg: Config, args: list[str], prog: str, description: str) -> Config:
+    """Return the recipe's configuration with the options of a command line."""
+    config = tyro.conf.configure(tyro.conf.AvoidSubcommands)(Config)
+    return tyro.cli(config, prog=prog, description=description, default=cfg, args=args)
 
 
 def _split_config(args: list[str]) -> tuple[str | None, list[str]]:
@@ -181,7 +183,11 @@ def _find_checkpoint(path: Path) -> tuple[Path, int | None]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Say how long a sequence a GPU can train, and how. Needs no GPU."""
+    """Say how long a sequence a GPU can train, and how. Needs no GPU.
+
+    Other options are train.py's and override the recipe, such as --optim.moment-dtype
+    int8 or --init-from DIRECTORY.
+    """
 
     config: Path
     """Recipe, such as configs/llama3_8b.py."""
@@ -203,8 +209,27 @@ class VerifyError(Exception):
     """The planned step does not compile."""
 
 
-def plan(args: Plan) -> None:
+CHOSEN = {
+    "data.seq-len": "give --seq-len, or neither for the longest that fits",
+    "train.memory-budget": "give --device-memory",
+    "train.host-memory": "give --host-memory",
+    "train.plan": "leave it out",
+    "train.head-groups": "leave it out",
+    "train.prefetch": "leave it out",
+    "train.no-prefetch": "leave it out",
+    "train.mlp-chunk-size": "leave it out",
+    "train.loss-chunk-size": "leave it out",
+    "train.vocab-chunk-size": "leave it out",
+}
+"""Options of train.py that the planner sets, and what to do about them."""
+
+
+def plan(args: Plan, overrides: list[str]) -> None:
     """Print the plan, its table and, if asked for, the compiled figure.
+
+    Args:
+        args: of the command.
+        overrides: options of train.py.
 
     Raises:
         ValueError: nothing fits, or an argument is wrong.
@@ -218,6 +243,14 @@ def plan(args: Plan) -> None:
     from mst_jax.prediction import GIB, show
 
     cfg, gpu = load_recipe(args.config), find_gpu(args.gpu)
+    for arg in overrides:
+        name = arg.removeprefix("--").partition("=")[0].replace("_", "-")
+        if name in CHOSEN:
+            raise ValueError(f"--{name} is what the plan chooses: {CHOSEN[name]}")
+    cfg = _override(
+        cfg, overrides, "mst-jax plan",
+        f"Options that override {args.config}, beside those of `mst-jax plan --help`.",
+    )  # fmt: skip
     model = _model_of(cfg)
     device = default_budget(gpu)
     if args.device_memory is not None:
@@ -229,7 +262,7 @@ def plan(args: Plan) -> None:
             f"with {show(default_budget(gpu))}"
         )
     text, planned, prediction = report(
-        cfg, model, gpu, recipe=args.config, seq_len=args.seq_len,
+        cfg, model, gpu, recipe=args.config, overrides=overrides, seq_len=args.seq_len,
         device_bytes=device, host_bytes=parse_bytes(args.host_memory), png=args.out,
     )  # fmt: skip
     print(text)
@@ -276,10 +309,17 @@ def _model_of(cfg: Config) -> ModelConfig:
 def main() -> int:
     """Run the console command `mst-jax`."""
     try:
-        command = tyro.extras.subcommand_cli_from_dict(
-            {"export": Export, "plan": Plan}, prog="mst-jax"
-        )
-        plan(command) if isinstance(command, Plan) else export(command)
+        command, overrides = tyro.cli(
+            Annotated[Export, tyro.conf.subcommand("export")]
+            | Annotated[Plan, tyro.conf.subcommand("plan")],
+            prog="mst-jax", return_unknown_args=True,
+        )  # fmt: skip
+        if isinstance(command, Plan):
+            plan(command, overrides)
+        elif overrides:
+            raise ValueError(f"mst-jax export has no option {overrides[0]!r}")
+        else:
+            export(command)
     except (
         ValueError, OSError, ImportError, NotImplementedError, VerifyError,
     ) as error:  # fmt: skip

@@ -1,5 +1,6 @@
 """What `mst-jax plan` prints and draws: a plan in words, a table, a figure."""
 
+import shlex
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,7 @@ def report(
     gpu: Gpu,
     *,
     recipe: Path,
+    overrides: list[str],
     seq_len: int | None,
     device_bytes: int,
     host_bytes: int,
@@ -52,6 +54,7 @@ def report(
         model: its shape.
         gpu: where it runs.
         recipe: the run's file, for the command.
+        overrides: the run's other options, for the command.
         seq_len: tokens; None is the longest that fits.
         device_bytes: budget.
         host_bytes: budget.
@@ -96,7 +99,7 @@ def report(
         f"At its peak ({prediction.peak_phase}): {parts(prediction)}.",
         f"A step takes {prediction.step_seconds:.2f} s: {spent}.",
         f"Figure: {png}\n",
-        command(planned, gpu, recipe, device_bytes),
+        command(planned, gpu, recipe, overrides, device_bytes),
     ]
     return "\n".join(text), planned, prediction
 
@@ -114,13 +117,15 @@ def memory_limit(
     return f"host memory ({host_bytes / GIB:.1f} GiB)"
 
 
-def command(cfg: Config, gpu: Gpu, recipe: Path, device_bytes: int) -> str:
+def command(
+    cfg: Config, gpu: Gpu, recipe: Path, overrides: list[str], device_bytes: int
+) -> str:
     """Return the command of the run."""
     # JAX takes three quarters of the device if it is not told.
     fraction = min(0.97, device_bytes / gpu.memory + 0.03)
     lines = [
         f"XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f} python train.py",
-        f"--config {recipe}",
+        shlex.join(["--config", str(recipe), *overrides]),
         f"--data.seq-len {cfg.data.seq_len}",
         *options(cfg.train),
     ]
