@@ -106,18 +106,7 @@ def columns_gradient(
     options: Options, x, weight, labels, weights, statistics, columns: int, dtype,
     vocab_size: int,
 ):  # fmt: skip
-    """Return the gradient of some columns of the head, [D, S], in `dtype`.
-
-    Args:
-        options: of the loss.
-        x: [R, D], all tokens.
-        weight: the columns as `prepare` returns them, [D, S].
-        labels, weights: [R]; labels are counted from the first of the columns.
-        statistics: [R], of the logits of the whole vocabulary.
-        columns: how many of weight's count.
-        dtype: of the gradient.
-        vocab_size: V.
-    """
+    """As `xla.columns_gradient`; the columns as `prepare` returns them, [D, S]."""
     lse, label_logit, _ = statistics
     x, labels, weights, lse, label_logit = _rows(x, labels, weights, lse, label_logit)
     m, *_, p = logits_kernel(x, weight, labels, columns, options, write=True)
