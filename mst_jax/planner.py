@@ -399,7 +399,6 @@ def _least(cfg, model, gpu, host_bytes):
     steps = [
         StepMemory(cuts[-1], model, gpu)
         for cuts in (_cuts(cfg, model, gpu), _vocabulary_cuts(cfg, model, gpu))
-        if cuts
     ]
     found = [
         _candidate(step, replace(plan, layers=L))
