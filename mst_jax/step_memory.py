@@ -7,6 +7,7 @@ W = D (N + 2 K) H + N H D + 3 D F weights, the phases hold in bytes
     head       residuals + n (3 a D + 4 H) + 4 D V + C V (4 + a)
       its sum  residuals + n (2 a D + 4 H) + 4 D V + w D V
       columns  residuals + n (2 a D + 4 H) + w D V + V_c (n (4 + a) + w D)
+      update   residuals + n a D + (w + 4 for each moment in 8 bits) D V
     MLP        residuals + sequences + 2 n a K H + C a (6 F + 2 D) + 12 D F + layer
       whole    residuals + sequences + n a (3 F + 3 D) + layer
     attention  residuals + sequences + n A / head_groups + workspace + 12 D F + layer
@@ -176,6 +177,7 @@ class StepMemory:
             for name, parts in self._attention_backward(group).items():
                 found.append((name, resident | parts))
         found.append(("head", {"residuals": saved} | self._head()))
+        found.append(("head's update", {"residuals": saved} | self._head_update()))
         found.append(("update", self._update()))
         found.sort(key=lambda phase: sum(phase[1].values()))
         return dict(found)
@@ -207,6 +209,15 @@ class StepMemory:
         else:
             size = 4 * trained + max(copies + chunk, rounded)
         return {"head and loss": tokens + size, "gradients": held}
+
+    def _head_update(self) -> dict[str, int]:
+        """Of an untied head in the backward pass, before all layers."""
+        optim, trained = self.cfg.optim, self.trained["lm_head"]
+        if not optim.in_backward or not trained:
+            return {}
+        # Blocks of 8-bit moments are measured in f32, which is written for that.
+        wide = 4 * MOMENTS[optim.name] if optim.moment_dtype == "int8" else 0
+        return {"gradients": (self.w + wide) * trained + self.n * self.a * self.D}
 
     @property
     def _accumulates(self) -> bool:

@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import pytest
 from mosaic import needs_pallas
-from test_planner import H200, LLAMA, SMALL, config
+from test_planner import ADAMW_8, H200, LLAMA, SMALL, config
 
 from mst_jax.compile_only import compile_step
 from mst_jax.config import PRESETS, DataConfig, MeshConfig
@@ -385,6 +385,14 @@ def test_state_on_the_host_is_not_compiled():
     cfg = config(optim={"name": "adamw", "state_on_host": True})
     with pytest.raises(NotImplementedError, match="state_on_host=True cannot be"):
         compile_step(cfg, LLAMA, H200)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("plan", ["full", "save_attention"])
+def test_the_update_of_the_head_in_8_bits_is_compiled(plan):
+    cfg = config(8192, plan=plan, optim=ADAMW_8, mlp_chunk_size=8192)
+    compiled = compile_step(cfg, LLAMA, H200).device
+    assert predict(cfg, LLAMA, H200).peak_compiled == pytest.approx(compiled, rel=0.01)
 
 
 @pytest.mark.compiled
