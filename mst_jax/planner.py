@@ -100,7 +100,7 @@ def fastest_plan(
     budget = default_budget(gpu) if device_bytes is None else device_bytes, host_bytes
     found = [
         candidate
-        for cuts in (_cuts(cfg, model, gpu), _vocabulary_cuts(cfg, model, gpu))
+        for cuts in _both_cuts(cfg, model, gpu)
         for candidate in _fitting(model, gpu, budget, cuts)
     ]
     if not found:
@@ -140,9 +140,9 @@ def longest_sequence(
 
 def fits(cfg: Config, model: ModelConfig, gpu: Gpu, budget: Budget) -> bool:
     """Return whether any plan for `cfg.data.seq_len` is within (device, host) bytes."""
-    cuts = _cuts(cfg, model, gpu) + _vocabulary_cuts(cfg, model, gpu)
     finest = [
         cut
+        for cuts in _both_cuts(cfg, model, gpu)
         for cut in cuts
         if cut.train.head_groups == model.num_kv_heads and not cut.train.prefetch
     ]
@@ -216,8 +216,11 @@ def _cuts(cfg: Config, model: ModelConfig, gpu: Gpu) -> list[Config]:
     return [replace(cfg, train=replace(cfg.train, **setting)) for setting in settings]
 
 
-def _vocabulary_cuts(cfg: Config, model: ModelConfig, gpu: Gpu) -> list[Config]:
-    """Return `_cuts` with the head's gradient made by columns, of small logits."""
+def _both_cuts(
+    cfg: Config, model: ModelConfig, gpu: Gpu
+) -> tuple[list[Config], list[Config]]:
+    """Return `_cuts`, and the same with the head's gradient made by columns."""
+    cuts = _cuts(cfg, model, gpu)
     B, T, V = cfg.data.batch_size, cfg.data.seq_len, model.vocab_size
     num_chunks = -(-V // max(FEWEST_COLUMNS, CHUNK_LOGITS // (B * T)))
     size = -(-V // num_chunks)
@@ -226,8 +229,8 @@ def _vocabulary_cuts(cfg: Config, model: ModelConfig, gpu: Gpu) -> list[Config]:
         "loss_chunk_size": _equal_chunks(T, rows, B),
         "vocab_chunk_size": size + -size % TILE_N,
     }
-    trains = [replace(cut.train, **head) for cut in _cuts(cfg, model, gpu)]
-    return [replace(cfg, train=train) for train in dict.fromkeys(trains)]
+    trains = dict.fromkeys(replace(cut.train, **head) for cut in cuts)
+    return cuts, [replace(cfg, train=train) for train in trains]
 
 
 def _head_groups(cfg: Config, model: ModelConfig) -> list[int]:
@@ -396,13 +399,10 @@ def _too_long(cfg, model, gpu, budget) -> str:
 def _least(cfg, model, gpu, host_bytes):
     """The candidate of least device memory within the host's; of equals the leanest."""
     L = model.num_layers
-    steps = [
-        StepMemory(cuts[-1], model, gpu)
-        for cuts in (_cuts(cfg, model, gpu), _vocabulary_cuts(cfg, model, gpu))
-    ]
+    finest = [cuts[-1] for cuts in _both_cuts(cfg, model, gpu)]
     found = [
         _candidate(step, replace(plan, layers=L))
-        for step in steps
+        for step in [StepMemory(cut, model, gpu) for cut in finest]
         for plan in reversed(PURE)
         if L % plan.every == 0
     ]

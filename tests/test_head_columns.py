@@ -5,7 +5,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec as P
 from test_linear_cross_entropy import D, V, close, make, plain, plain_thrice, thrice
 
 from mst_jax import linear_cross_entropy
@@ -23,34 +22,6 @@ def test_value_and_gradients(T, vocab_chunk_size):
         close(total, want)
         assert count == want_count
         jax.tree.map(close, grads, want_grads)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"z_loss": 1e-2},
-        {"z_loss": 1e-2, "logit_softcap": 2.0, "label_smoothing": 0.2},
-    ],
-)
-@pytest.mark.parametrize("transposed", [False, True])
-def test_options(options, transposed):
-    x, w, y = make(100)
-    weights = jax.random.uniform(jax.random.key(9), y.shape)
-    weights = jnp.where(weights < 0.2, 0, weights)  # these have a gradient too
-
-    def ours(x, w, weights):
-        head = w.T if transposed else w
-        return linear_cross_entropy(
-            x, head, y, chunk_size=32, vocab_chunk_size=16, transposed=transposed,
-            token_weights=weights, **options,
-        )[0]  # fmt: skip
-
-    got = jax.value_and_grad(ours, (0, 1, 2))(x, w, weights)
-    want = jax.value_and_grad(
-        lambda *a: plain(*a[:2], y, a[2], **options)[0], (0, 1, 2)
-    )(x, w, weights)
-    jax.tree.map(close, got, want)
 
 
 def test_half_precision_is_rounded_once():
@@ -130,22 +101,6 @@ def test_memory_is_that_of_a_chunk():
     assert f"{T},{V}]" not in compiled.as_text()
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     assert temporaries < 4 * (4 * T * 1024) + 8 * T * D
-
-
-def test_inside_shard_map():
-    x, w, y = make(40, B=4)
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-
-    def local(x, w, y):
-        total, _ = linear_cross_entropy(x, w, y, vocab_chunk_size=16)
-        return jax.lax.psum(total, "data")
-
-    shards = jax.shard_map(
-        local, mesh=mesh, in_specs=(P("data"), P(), P("data")), out_specs=P()
-    )
-    got = jax.value_and_grad(shards, (0, 1))(x, w, y)
-    want = jax.value_and_grad(lambda *a: linear_cross_entropy(*a)[0], (0, 1))(x, w, y)
-    jax.tree.map(close, got, want)
 
 
 def test_bad_size():

@@ -103,21 +103,25 @@ def test_a_transposed_head_is_not_copied():
 @pytest.mark.parametrize(
     "options",
     [
+        {},
         {"z_loss": 1e-2},
         {"logit_softcap": 2.0},
         {"label_smoothing": 0.1},
         {"z_loss": 1e-2, "logit_softcap": 2.0, "label_smoothing": 0.2},
     ],
 )
-def test_options(options):
+@pytest.mark.parametrize("columns", [None, 16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_options(options, columns, transposed):
     x, w, y = make(100)
     weights = jax.random.uniform(jax.random.key(9), y.shape)
     weights = jnp.where(weights < 0.2, 0, weights)  # these have a gradient too
 
     def ours(x, w, weights):
         return linear_cross_entropy(
-            x, w, y, chunk_size=32, token_weights=weights, **options
-        )[0]
+            x, w.T if transposed else w, y, chunk_size=32, vocab_chunk_size=columns,
+            transposed=transposed, token_weights=weights, **options,
+        )[0]  # fmt: skip
 
     got = jax.value_and_grad(ours, (0, 1, 2))(x, w, weights)
     want = jax.value_and_grad(
@@ -233,12 +237,14 @@ def test_traced_options_are_refused(untyped, name):
         jax.grad(lambda z: linear_cross_entropy(x, w, y, **{name: z})[0])(0.1)
 
 
-def test_inside_shard_map():
+@pytest.mark.parametrize("columns", [None, 16])
+def test_inside_shard_map(columns):
     x, w, y = make(40, B=4)
+    how = {"chunk_size": 9, "vocab_chunk_size": columns}
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def local(x, w, y):
-        return jax.lax.psum(linear_cross_entropy(x, w, y, chunk_size=9)[0], "data")
+        return jax.lax.psum(linear_cross_entropy(x, w, y, **how)[0], "data")
 
     shards = jax.shard_map(
         local, mesh=mesh, in_specs=(P("data"), P(), P("data")), out_specs=P()
