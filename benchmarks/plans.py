@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"plan": "none"},
     "attention-whole": {"plan": "save_attention", "mlp_chunk_size": 0},
     "none-whole": {"plan": "none", "mlp_chunk_size": 0},
+    "none-whole-xla": {"plan": "none", "mlp_chunk_size": 0, "implementation": "xla"},
     "none-whole-cudnn": {"plan": "none", "mlp_chunk_size": 0, "attention": "cudnn"},
 }
 

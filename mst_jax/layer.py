@@ -168,6 +168,8 @@ def _attend(p, x, ctx, *, keep_qkv=False, kept=None):
     options = _attention_options(ctx)
     if groups == 1:
         qkv = _heads(p, x, kept, 0, ctx)
+        if keep_qkv:  # else XLA may compute v twice, once for its stack
+            qkv = jax.lax.optimization_barrier(qkv)
         out, lse = attention_forward(*qkv, **options)
         return out, lse, dict(zip("qkv", qkv, strict=True)) if keep_qkv else {}
 
@@ -261,6 +263,8 @@ def _after(p, x, out, ctx, keep):
         y, kept = carry
         h = take_tokens(y, start, size)  # still x there
         h = h + take_tokens(out, start, size).reshape(B, size, -1) @ wo
+        if "mlp_input" in keep:  # else XLA may compute it twice, once for its stack
+            h = jax.lax.optimization_barrier(h)
         normed = _norm(p["mlp_norm"], h, ctx)
         with jax.named_scope("mlp"):
             z, gate_up = mlp_forward(

@@ -243,10 +243,11 @@ def stochastic_round(
 ) -> Float[Array, "*shape"]:
     """Round f32 to bf16, up with the probability of the part that is cut off.
 
-    To the nearest beyond 2**100, where infinities and NaN stay, and maybe below 2**-102.
+    To the nearest beyond 2**100, where infinities and NaN stay; maybe below 2**-102.
     """
-    # Without a look at the bits, which to XLA is no elementwise operation. What is added
-    # to `grid`, 3/2 of 2**23 bf16 steps, is rounded to whole steps. All sums are exact.
+    # Without a look at the bits, which to XLA is no elementwise operation. What is
+    # added to `grid`, 3/2 of 2**23 bf16 steps, is rounded to whole steps; nothing else
+    # is rounded.
     size = jnp.abs(x)
     power = jax.lax.reduce_precision(size, exponent_bits=8, mantissa_bits=0)
     power = jnp.where(power > size, power / 2, power)  # of two, at most |x|

@@ -30,6 +30,7 @@ from mst_jax.gradients import (
 )
 from mst_jax.layerwise import step_in_backward
 from mst_jax.model import init_params
+from mst_jax.ops import swiglu
 from mst_jax.optim import (
     at,
     clip_factor,
@@ -239,13 +240,28 @@ def make_train_step(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...
             state = jax.lax.with_sharding_constraint(state, shardings)
         return state, metrics
 
+    options = _compiler_options(cfg, model)
+    options |= COMMAND_BUFFERS[cfg.train.command_buffers]
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
+
+
+def _compiler_options(cfg: Config, model: ModelConfig) -> dict[str, str | bool]:
     # XLA's own rematerialization counts arrays in host memory as the device's, and then
     # computes matrix products twice. Its asynchronous copies within the device share
     # streams with those to and from the host, and then wait for them.
-    passes = "rematerialization,dynamic-slice-copy-fusion-async-wrapper"
-    options = {"xla_disable_hlo_passes": passes}
-    options |= COMMAND_BUFFERS[cfg.train.command_buffers]
-    return jax.jit(step, donate_argnums=0, compiler_options=options)
+    passes = ["rematerialization", "dynamic-slice-copy-fusion-async-wrapper"]
+    options: dict[str, str | bool] = {}
+    can, _ = swiglu.choose_implementation(
+        jnp.dtype(cfg.train.compute_dtype), model.hidden_size, model.intermediate_size,
+        rows=8,
+    )  # fmt: skip
+    if (cfg.train.asked_implementation or can) == "mosaic_gpu":
+        # What is left to XLA is cuBLAS's, which then reads weights where they lie in
+        # their stacks: not if Triton could have taken it, nor joined for q, k and v.
+        # XLA's own MLP is 10% slower so.
+        passes.append("dot-merger")
+        options["xla_gpu_enable_triton_gemm"] = False
+    return options | {"xla_disable_hlo_passes": ",".join(passes)}
 
 
 def _step_after_backward(cfg, gradients_of, optimizer, state, batch, key):
@@ -272,7 +288,8 @@ def make_eval_step(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...,
             total, count = jax.lax.psum((total, count), BATCH_AXES)
         return total, count
 
-    return jax.jit(_on_shards(local, mesh, lambda specs: (P(), P())))
+    evaluate_shards = _on_shards(local, mesh, lambda specs: (P(), P()))
+    return jax.jit(evaluate_shards, compiler_options=_compiler_options(cfg, model))
 
 
 def _on_shards(local: Any, mesh: Mesh, out_specs: Any) -> Callable[..., Any]:

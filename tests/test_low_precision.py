@@ -167,7 +167,7 @@ def test_bfloat16_rounding_is_unbiased_and_keeps_what_is_exact():
 
 @pytest.mark.parametrize("cut", [0, 1, 2**15 - 1, 2**15, 2**15 + 1, 2**16 - 1])
 def test_bfloat16_rounding_has_exactly_the_chance_of_what_is_cut(monkeypatch, cut):
-    # Of 2**16 noises `cut` round away from zero: of every number from 2**-102 to 2**100.
+    # Of 2**16 noises `cut` round away from zero: every number of 2**-102 to 2**100.
     tops = np.arange(2**16, dtype=np.uint32)
     exponents = tops >> 7 & 0xFF
     tops = tops[(exponents > 24) & (exponents < 227)]
