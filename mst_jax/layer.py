@@ -82,27 +82,36 @@ def layer_forward(
 @jax.named_scope("backward")
 def layer_backward(
     p: Weights, kept: Residuals, dy: jax.Array, ctx: Context
-) -> tuple[Weights, jax.Array]:
-    """Return (f32 gradients of p, gradient of the input) from what was kept."""
+) -> tuple[Weights, dict[str, Any], jax.Array]:
+    """Differentiate a layer from what was kept.
+
+    Returns:
+        (f32 gradients of p, the sums of the squares of those for which kernels have
+        them: a part of the same tree, gradient of the input).
+    """
     kept = dict(kept)
     x = kept["input"]
     if "out" not in kept:
         with jax.named_scope("recompute"):
             out, lse, _ = _attend(p, x, ctx, kept=kept)
         kept |= {"out": out, "lse": lse}
-    d_mlp, d_mlp_norm, dwo, dh = _after_backward(p, kept, dy, ctx)
+    d_mlp, squares, d_mlp_norm, dwo, dh = _after_backward(p, kept, dy, ctx)
     if loop_chunks(x.shape[1], ctx.chunk_size)[0] == x.shape[1]:
         # Without a loop XLA's scheduler puts off the MLP's weight gradients, and
         # [T, F] arrays wait for them through attention: 2 GiB at 65,536 tokens of 8B.
         d_mlp, dwo, dh = jax.lax.optimization_barrier((d_mlp, dwo, dh))
     dq, dk, dv = _attend_backward(p, kept, dh, ctx)
     d_norm, d_attention, dx = _before_backward(p, x, (dq, dk, dv), dh, ctx)
-    return {
-        "attention_norm": d_norm,
-        "attention": {**d_attention, "wo": dwo},
-        "mlp_norm": d_mlp_norm,
-        "mlp": d_mlp,
-    }, dx
+    return (
+        {
+            "attention_norm": d_norm,
+            "attention": {**d_attention, "wo": dwo},
+            "mlp_norm": d_mlp_norm,
+            "mlp": d_mlp,
+        },
+        {"mlp": squares},
+        dx,
+    )
 
 
 # --- before attention: norm, projections, RoPE ---
@@ -285,14 +294,16 @@ def _after(p, x, out, ctx, keep):
 
 @jax.named_scope("output")
 def _after_backward(p, kept, dy, ctx):
-    """Return the gradients of mlp, mlp_norm, wo, and of h; dy is overwritten."""
+    """Return the gradients of mlp, the sums of their squares if they are known, the
+    gradients of mlp_norm, wo, and of h; dy is overwritten."""
     x, out = kept["input"], kept["out"]
     B, T, _ = x.shape
     mlp, wo = p["mlp"], p["attention"]["wo"]
-    weights = (mlp["w_gate"], mlp["w_up"], mlp["w_down"])
+    names = ("w_gate", "w_up", "w_down")
+    weights = tuple(mlp[name] for name in names)
 
     def body(carry, start, size):
-        d, totals, d_norm, dwo = carry
+        d, totals, _, d_norm, dwo = carry
         out_c = take_tokens(out, start, size).reshape(B, size, -1)
         if "mlp_input" in kept:
             h = take_tokens(kept["mlp_input"], start, size)
@@ -306,7 +317,7 @@ def _after_backward(p, kept, dy, ctx):
             gate_up = gate, up
         dy = take_tokens(d, start, size)
         with jax.named_scope("mlp"):
-            d_normed, totals = mlp_backward(
+            d_normed, totals, squares = mlp_backward(
                 normed, gate_up, dy, weights, totals,
                 implementation=ctx.implementation,
             )  # fmt: skip
@@ -315,6 +326,7 @@ def _after_backward(p, kept, dy, ctx):
         return (
             put_tokens(d, dh, start),
             totals,
+            squares,
             d_norm + d_scale,
             dwo + _outer(out_c, dh),
         )
@@ -323,10 +335,11 @@ def _after_backward(p, kept, dy, ctx):
     if loop_chunks(T, ctx.chunk_size)[0] < T:
         zeros = [jnp.zeros(w.shape, jnp.float32) for w in weights]
     d_norm = jnp.zeros(p["mlp_norm"]["scale"].shape, jnp.float32)
-    carry = (dy, zeros, d_norm, jnp.zeros(wo.shape, jnp.float32))
-    dh, totals, d_norm, dwo = for_chunks(T, ctx.chunk_size, body, carry)
-    names = ("w_gate", "w_up", "w_down")
-    return dict(zip(names, totals, strict=True)), {"scale": d_norm}, dwo, dh
+    carry = (dy, zeros, None, d_norm, jnp.zeros(wo.shape, jnp.float32))
+    dh, totals, squares, d_norm, dwo = for_chunks(T, ctx.chunk_size, body, carry)
+    d_mlp = dict(zip(names, totals, strict=True))
+    squares = dict(zip(names, squares, strict=True)) if squares else {}
+    return d_mlp, squares, {"scale": d_norm}, dwo, dh
 
 
 # --- shared ---

@@ -65,11 +65,11 @@ def step_in_backward(
             key=unit_key(key, name), **options,
         )  # fmt: skip
 
-    def consume(carry, i, gradients):
+    def consume(carry, i, gradients, known):
         stacks, squares = carry
         if gradients:
             stacks = update_layer(optimizer, stacks, i, gradients, key=key, **options)
-        return stacks, squares + squared_norm(gradients)
+        return stacks, squares + squared_norm(gradients, known)
 
     for name, gradients in one.heads.items():
         update_rest(name, gradients)
@@ -109,22 +109,25 @@ class _Backward:
         self,
         carry: Any,
         stack_of: Callable[[Any], Any],
-        consume: Callable[[Any, Any, Any], Any],
+        consume: Callable[[Any, Any, Any, Any], Any],
     ) -> tuple[jax.Array, Any]:
         """Differentiate all layers, the last one first.
 
         Args:
             carry: pytree that `consume` rewrites.
             stack_of: carry -> trained parameters of all layers.
-            consume: (carry, i, f32 gradients of what layer i trains) -> carry.
+            consume: (carry, i, f32 gradients of what layer i trains, the sums of
+                squares of some of them) -> carry.
 
         Returns:
             (gradient of the first layer's input, carry).
         """
 
-        def of_trained(carry, i, gradients):
-            trained, _ = split_frozen({"layers": gradients}, self.cfg.optim.freeze)
-            return consume(carry, i, trained.get("layers", {}))
+        def of_trained(carry, i, *found):
+            trained = [
+                split_frozen({"layers": a}, self.cfg.optim.freeze)[0] for a in found
+            ]
+            return consume(carry, i, *(a.get("layers", {}) for a in trained))
 
         run = self.run
         return stack_backward(
@@ -145,6 +148,6 @@ class _Backward:
         dx, total = self.layers(
             squared_norm(self.heads),
             lambda _: self.stack,
-            lambda total, i, gradients: total + squared_norm(gradients),
+            lambda total, i, *found: total + squared_norm(*found),
         )
         return total + squared_norm(self.embedding(dx))

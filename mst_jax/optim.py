@@ -212,10 +212,16 @@ def unit_key(key: jax.Array, unit: Any) -> jax.Array:
 
 
 @jax.named_scope("gradient_norm")
-def squared_norm(tree: Any) -> Float[Array, ""]:
-    """Return the sum of all squares, in f32."""
-    leaves = [jnp.sum(jnp.square(a)) for a in jax.tree.leaves(f32(tree))]
-    return sum(leaves, jnp.zeros((), jnp.float32))
+def squared_norm(tree: Any, known: Any = None) -> Float[Array, ""]:
+    """Return the sum of all squares, in f32.
+
+    `known`: a part of the tree, of the leaves' own sums that are there already.
+    """
+    sums: Any = flatten_dict(known or {})
+    total = jnp.zeros((), jnp.float32)
+    for path, a in flatten_dict(tree).items():
+        total += sums[path] if path in sums else jnp.sum(jnp.square(f32(a)))
+    return total
 
 
 def clip_factor(

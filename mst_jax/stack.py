@@ -110,7 +110,7 @@ def stack_backward(
     carry: Any,
     *,
     weights_at: Callable[[Any, Any], Any],
-    consume: Callable[[Any, Any, Any], Any],
+    consume: Callable[[Any, Any, Any, Any], Any],
 ) -> tuple[jax.Array, Any]:
     """Differentiate all layers, the last one first.
 
@@ -121,7 +121,8 @@ def stack_backward(
         ctx: the same.
         carry: pytree that `weights_at` reads and `consume` rewrites.
         weights_at: (carry, i) -> the weights of layer i.
-        consume: (carry, i, f32 gradients of layer i) -> carry.
+        consume: (carry, i, f32 gradients of layer i, the sums of squares that
+            `layer_backward` has) -> carry.
 
     Returns:
         (gradient of x, carry).
@@ -129,8 +130,8 @@ def stack_backward(
 
     def one_layer(state, i, residuals):
         dx, carry = state
-        gradients, dx = layer_backward(weights_at(carry, i), residuals, dx, ctx)
-        return dx, consume(carry, i, gradients)
+        *found, dx = layer_backward(weights_at(carry, i), residuals, dx, ctx)
+        return dx, consume(carry, i, *found)
 
     def one_block(group, state, first, residuals):
         inner = LayerGroup(layers=group.every, save=group.save | {"input"})

@@ -188,7 +188,7 @@ def _whole_gradients(cfg, model, rest, weights_at, batch, sums, specs):
             return jax.tree.map(lambda a, b: b.astype(a.dtype), total, new)
         return jax.tree.map(jnp.add, total, new)
 
-    def consume(stacks, i, gradients):
+    def consume(stacks, i, gradients, squares):
         return rewrite(add, stacks, i, shards("layers", gradients))
 
     run = forward(cfg, model, rest, weights_at, batch)

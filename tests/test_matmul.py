@@ -161,14 +161,17 @@ def test_the_sum_so_far_is_kept_if_it_is_still_needed(dtype):
 
 
 def check_f32_product(M, K, N):
-    """A product in f32 is the one that is added to zeros, bit for bit."""
+    """A product in f32 is the one that is added to zeros, bit for bit, with squares."""
     a, b, total = make(M, K, N, "tn", F32)
     product = partial(matmul, a, b, transpose_a=True)
     with interpreted():
         got = jax.jit(partial(product, dtype=F32))()
         want = jax.jit(product)(total=jnp.zeros_like(total))
+        same, squares = jax.jit(partial(product, dtype=F32, squares=True))()
     assert got.dtype == F32
     np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(same, want)
+    np.testing.assert_allclose(squares, np.square(want, dtype=np.float64).sum(), 1e-5)
 
 
 @needs_pallas
@@ -298,6 +301,7 @@ def products(C, D, F):
     yield product("tn", True), (x, wide, array((D, F), jnp.float32))
     yield product("tn", True), (wide, x, array((F, D), jnp.float32))
     yield partial(product("tn"), dtype=jnp.float32), (x, wide)
+    yield partial(product("tn"), dtype=jnp.float32, squares=True), (x, wide)
     yield partial(mlp.gate_up, keep=False), (x, up, up)
     yield partial(mlp.gate_up, keep=True), (x, up, up)
     yield mlp.gate_up_backward, (x, up, up, wide)
@@ -319,7 +323,7 @@ for fn, arguments in products(*SIZES):
 def test_compiled_for_an_h200(D, F):
     program = PRODUCTS.replace("SIZES", str((16384, D, F)))
     said = compile_for_h200(program, MOSAIC_GPU_DUMP_PTXAS="1")
-    assert len(re.findall(r"Compiling entry function '\w+_mosaic_gpu_", said)) == 13
+    assert len(re.findall(r"Compiling entry function '\w+_mosaic_gpu_", said)) == 14
     spilled = re.findall(r"memory in function '(\w+)_mosaic_gpu_.*?, (\d+) bytes", said)
     # What is read beside two accumulators takes registers in the epilogue, once a
     # tile: 16 bytes a thread on JAX 0.11.2, 424 on 0.12. Other products: none.

@@ -80,11 +80,15 @@ def _forward(options: Options, x_MBCD, weight, labels_MBC, weights_MBC):
     def zeros(*shape):
         return varying(jnp.zeros(shape, jnp.float32), x_MBCD)
 
-    (total, dweight), (dx_MBCD, losses_MBC, statistics_MBC) = jax.lax.scan(
-        body,
-        (zeros(), zeros(*weight.shape) if sums else None),
-        (x_MBCD, labels_MBC, weights_MBC),
-    )
+    chunks = x_MBCD, labels_MBC, weights_MBC
+    if x_MBCD.shape[0] == 1:  # nothing to fill with zeros, nor to add to
+        only = jax.tree.map(lambda a: a[0], chunks)
+        (total, dweight), made = body((zeros(), 0.0 if sums else None), only)
+        made = jax.tree.map(lambda a: a[None], made)
+    else:
+        carry = zeros(), zeros(*weight.shape) if sums else None
+        (total, dweight), made = jax.lax.scan(body, carry, chunks)
+    dx_MBCD, losses_MBC, statistics_MBC = made
     if dx_MBCD is not None and dweight is not None:
         # Of one chunk XLA would compute dx after the weight's update, from a copy of
         # the weight, with the logits there while the sum is rounded: 1 GiB of 8B's.

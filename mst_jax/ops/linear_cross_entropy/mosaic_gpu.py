@@ -81,10 +81,7 @@ def chunk_losses(options: Options, x, weight, labels, vocab_size: int):
 def chunk_gradients(
     options: Options, x, weight, labels, weights, dweight, wants_x, vocab_size: int
 ):
-    """Return (losses, their statistics [B, C], dx [B, C, D], dweight with its part).
-
-    dweight of None stays None, and dx is None unless `wants_x`.
-    """
+    """As `xla.chunk_gradients`."""
     shape, count = x.shape, labels.size
     x, flat, weights = _rows(x, labels, weights)
     *tiles, p = logits_kernel(x, weight, flat, vocab_size, options, write=True)
@@ -95,7 +92,8 @@ def chunk_gradients(
     if wants_x:
         dx = matmul(dlogits, weight, transpose_b=True)[:count].reshape(shape)
     if dweight is not None:
-        dweight = matmul(x, dlogits, transpose_a=True, total=dweight)
+        total = None if isinstance(dweight, float) else dweight
+        dweight = matmul(x, dlogits, transpose_a=True, total=total, dtype=jnp.float32)
     losses, statistics = jax.tree.map(
         lambda a: a[:count].reshape(labels.shape), (losses, rows)
     )

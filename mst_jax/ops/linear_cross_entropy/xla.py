@@ -49,7 +49,8 @@ def chunk_gradients(
 ):
     """Return (losses, their statistics [B, C], dx [B, C, D], dweight with its part).
 
-    dweight of None stays None, and dx is None unless `wants_x`.
+    dweight is the f32 sum so far, 0.0 for an only chunk. None stays None, and dx is
+    None unless `wants_x`.
     """
     logits = compute_logits(options, x, weight)
     statistics = find_statistics(options, logits, labels)

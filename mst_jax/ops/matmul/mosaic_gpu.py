@@ -200,8 +200,9 @@ def matmul(
     also: tuple[tuple[jax.Array, jax.Array], ...] = (),
     total: jax.Array | None = None,
     dtype: Any = None,
+    squares: bool = False,
     tiles: Tiles | None = None,
-) -> jax.Array:
+) -> Any:
     """Return A B in `dtype`, or `total` + A B in total's.
 
     Args:
@@ -212,6 +213,7 @@ def matmul(
         total: [M, N], f32 or bf16. One in f32 is added to in its own memory where XLA
             has no other use of it, as in the carry of a loop.
         dtype: without `total`, bf16 or f32; None is A's.
+        squares: without `total`, whether to return (A B, the f32 sum of its squares).
         tiles: see `Tiles`; None for its defaults, with the slots that the sum takes.
 
     Raises:
@@ -246,12 +248,17 @@ def matmul(
         )  # fmt: skip
         return c
     out = jax.ShapeDtypeStruct(shape, dtype or a.dtype)
-    (c,) = run(
-        *operands, epilogue=_store, out_type=(out,), dtype=out.dtype,
-        name=f"{name}_f32" if out.dtype == jnp.float32 else name,
-        tiles=tiles or Tiles(),
+    tiles = tiles or Tiles()
+    out_type = [out]
+    if squares:  # of each row of each tile
+        rows = -(-shape[0] // tiles.cluster_tile_m) * tiles.cluster_tile_m
+        by_row = -(-shape[1] // tiles.tile_n), rows
+        out_type.append(jax.ShapeDtypeStruct(by_row, jnp.float32))
+    c, *sums = run(
+        *operands, epilogue=_store, out_type=tuple(out_type), dtype=out.dtype,
+        name=f"{name}_f32" if out.dtype == jnp.float32 else name, tiles=tiles,
     )  # fmt: skip
-    return c
+    return (c, sums[0].sum()) if squares else c
 
 
 def in_place(
@@ -270,8 +277,17 @@ def in_place(
 
 
 def _store(tile, accs, extra, outs):
+    pl, _ = pallas()
+    out, *squares = outs
+    total = 0.0
     for i in range(tile.num_parts):
-        tile.write(outs[0], i, accs[0][:, tile.columns(i)], i)
+        part = accs[0][:, tile.columns(i)]
+        tile.write(out, i, part, i)
+        if squares:
+            total = total + (part * part).sum(1) if i else (part * part).sum(1)
+    if squares:
+        rows = pl.ds(tile.row, tile.tiles.wg_tile_m)
+        squares[0][tile.column // tile.width, rows] = total
 
 
 def _add(tile, accs, extra, outs):

@@ -101,7 +101,7 @@ def mlp_backward(
     *,
     activation: str = "silu",
     implementation: str | None = None,
-) -> tuple[jax.Array, list[jax.Array]]:
+) -> tuple[jax.Array, list[jax.Array], list[jax.Array] | None]:
     """Differentiate one chunk, its weight gradients added to those so far.
 
     Args:
@@ -113,7 +113,8 @@ def mlp_backward(
         activation, implementation: as in `swiglu`.
 
     Returns:
-        (dx, totals), without what passes `residual` by.
+        (dx without what passes `residual` by, totals, the f32 sum of the squares of
+        each total or None: the kernels have it of a first chunk).
     """
     how = _choose(implementation, activation, x, weights[0])
     return _HOW[how].backward(activation, x, gate_up, dy, weights, totals)
@@ -169,7 +170,7 @@ def _backward(how, activation, residuals, dy_MBCD):
 
     def body(totals, chunk):
         x, dy = chunk
-        dx, totals = _HOW[how].backward(activation, x, None, dy, weights, totals)
+        dx, totals, _ = _HOW[how].backward(activation, x, None, dy, weights, totals)
         return totals, dx
 
     zeros = [jnp.zeros(w.shape, jnp.promote_types(w.dtype, "float32")) for w in weights]

@@ -5,7 +5,8 @@
     backward    dh = dy W_down^T                  XLA's
                 h, dgate, dup                     one kernel: gate and up again, and dh
                 dx = dgate W_gate^T + dup W_up^T  one kernel, rounded once
-                dW += x^T dgate, x^T dup, h^T dy  f32, in place
+                dW += x^T dgate, x^T dup, h^T dy  f32, in place; of the first chunk with
+                                                  its sum of squares
 
 XLA writes gate and up, reads them again and, in the backward pass, makes two or three
 passes over [C, F] arrays for h, dgate and dup. Here gate and up are f32 from the
@@ -58,11 +59,19 @@ def backward(activation: str, x, gate_up, dy, weights, totals: Any):
         dgate, dup = vjp(dh)
     dx = matmul(dgate, w_gate, transpose_b=True, also=((dup, w_up),))
     pairs = ((x, dgate), (x, dup), (h, dy))
-    totals = [
-        matmul(*pair, transpose_a=True, total=t, dtype=jnp.float32)
-        for pair, t in zip(pairs, totals or (None,) * 3, strict=True)
-    ]
-    return dx.reshape(shape), totals
+    squares = None
+    if totals:
+        totals = [
+            matmul(*pair, transpose_a=True, total=t)
+            for pair, t in zip(pairs, totals, strict=True)
+        ]
+    else:
+        products = [
+            matmul(*pair, transpose_a=True, dtype=jnp.float32, squares=True)
+            for pair in pairs
+        ]
+        totals, squares = map(list, zip(*products, strict=True))
+    return dx.reshape(shape), totals, squares
 
 
 def gate_up(x, w_gate, w_up, *, keep: bool, tiles: Tiles | None = None):

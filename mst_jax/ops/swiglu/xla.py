@@ -38,7 +38,7 @@ def backward(activation: str, x, gate_up, dy, weights, totals: Any):
     dx = jnp.einsum("BCF,DF->BCD", dgate, w_gate)
     dx += jnp.einsum("BCF,DF->BCD", dup, w_up)
     found = [_outer(*pair) for pair in ((x, dgate), (x, dup), (hidden, dy))]
-    return dx, jax.tree.map(jnp.add, totals, found) if totals else found
+    return dx, jax.tree.map(jnp.add, totals, found) if totals else found, None
 
 
 def _outer(a, b):
