@@ -113,8 +113,7 @@ def mlp_backward(
         activation, implementation: as in `swiglu`.
 
     Returns:
-        (dx without what passes `residual` by, totals, the f32 sum of the squares of
-        each total or None: the kernels have it of a first chunk).
+        (dx without `residual`'s, totals, their f32 sums of squares or None).
     """
     how = _choose(implementation, activation, x, weights[0])
     return _HOW[how].backward(activation, x, gate_up, dy, weights, totals)
