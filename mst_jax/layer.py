@@ -81,20 +81,13 @@ def layer_forward(
 
 @jax.named_scope("backward")
 def layer_backward(
-    p: Weights, kept: Residuals, dy: jax.Array, ctx: Context, arriving: Residuals
-) -> tuple[Weights, dict[str, Any], jax.Array, Residuals]:
+    p: Weights, kept: Residuals, dy: jax.Array, ctx: Context
+) -> tuple[Weights, dict[str, Any], jax.Array]:
     """Differentiate a layer from what was kept.
-
-    Args:
-        p: weights, as in `layer_forward`.
-        kept: what that kept.
-        dy: [B, T, D].
-        ctx: the same.
-        arriving: residuals on their way from the host, or none.
 
     Returns:
         (f32 gradients of p, the sums of the squares of those for which kernels have
-        them: a part of the same tree, gradient of the input, arriving).
+        them: a part of the same tree, gradient of the input).
     """
     kept = dict(kept)
     x = kept["input"]
@@ -108,10 +101,6 @@ def layer_backward(
         # [T, F] arrays wait for them through attention: 2 GiB at 65,536 tokens of 8B.
         d_mlp, dwo, dh = jax.lax.optimization_barrier((d_mlp, dwo, dh))
     dq, dk, dv = _attend_backward(p, kept, dh, ctx)
-    if arriving:
-        # After attention they are there. Else XLA's scheduler begins their transfer
-        # only now, as late as it thinks that what follows will cover it.
-        dq, dk, dv, arriving = jax.lax.optimization_barrier((dq, dk, dv, arriving))
     d_norm, d_attention, dx = _before_backward(p, x, (dq, dk, dv), dh, ctx)
     return (
         {
@@ -122,7 +111,6 @@ def layer_backward(
         },
         {"mlp": squares},
         dx,
-        arriving,
     )
 
 

@@ -49,10 +49,6 @@ _NONE = _kept("save=" + "+".join(RESIDUALS))
 _WITHOUT_MLP = _kept("save=input+qkv+attention+mlp_input")
 _ATTENTION, _FULL = _kept("save=input+attention"), _kept("save=input")
 _OFFLOAD_ATTENTION, _OFFLOAD = _kept("offload=input+attention"), _kept("offload=input")
-# What the other layers compute again goes to the host and back in their place.
-_GATE_UP_AWAY = _kept("save=input+qkv+attention+mlp_input offload=gate_up")
-_PRODUCTS_AWAY = _kept("save=input+attention offload=qkv+mlp_input+gate_up")
-_QKV_AWAY = _kept("save=input+attention offload=qkv+mlp_input")
 _AWAY = _kept("offload=input save=attention")
 _FULL_2, _FULL_4 = (_kept("save=input", k) for k in (2, 4))
 _OFFLOAD_2, _OFFLOAD_4 = (_kept("offload=input", k) for k in (2, 4))
@@ -63,8 +59,6 @@ _AWAY_2, _AWAY_4 = (_kept("offload=input save=attention", k) for k in (2, 4))
 # within 2% of one of these for Llama3-8B on A100 to H200, with and without host memory.
 NEIGHBOURS = (
     (_NONE, _WITHOUT_MLP), (_WITHOUT_MLP, _ATTENTION), (_ATTENTION, _FULL),
-    (_NONE, _GATE_UP_AWAY), (_GATE_UP_AWAY, _WITHOUT_MLP),
-    (_PRODUCTS_AWAY, _ATTENTION), (_QKV_AWAY, _ATTENTION),
     (_ATTENTION, _AWAY), (_ATTENTION, _OFFLOAD_ATTENTION),
     (_AWAY, _OFFLOAD_ATTENTION), (_AWAY, _OFFLOAD),
     (_OFFLOAD_ATTENTION, _OFFLOAD), (_FULL, _OFFLOAD),

@@ -53,9 +53,7 @@ def stack_forward(
         x, residuals = run(weights_at, x, ctx, start, group, _ahead(plan, group))
         kept.append(residuals)
         start += group.layers
-    # What the last layers of groups still store is done before the head, whose peak it
-    # would be there at.
-    return jax.lax.optimization_barrier((x, kept)) if plan.prefetch else (x, kept)
+    return x, kept
 
 
 def _layers(weights_at, x, ctx, start, group, ahead=frozenset()):
@@ -83,36 +81,25 @@ def _stacked(run, x, count, offloaded, ahead):
     """Fold run(i, x) -> (x, kept) and stack what it keeps.
 
     `jax.lax.scan` would fill the stacks with zeros and index the layers by an array.
-    What a layer makes last, of that which `ahead` names, goes to the host while the
-    next layer is computed.
     """
-    late = ahead & {"gate", "up"}
 
     def empty(name, a):
         stack = jax.lax.empty((count + (name in ahead), *a.shape), a.dtype)
         return _to_host(stack) if name in offloaded else stack
 
-    def put(stacks, kept, i):
+    def step(i, carry):
+        x, stacks = carry
+        x, kept = run(i, x)
         for name, a in kept.items():
             a = _to_host(a) if name in offloaded else a
             slot = i + (name in ahead)
             stack = jax.lax.dynamic_update_index_in_dim(stacks[name], a, slot, 0)
             stacks[name] = stack
-
-    def step(i, carry):
-        x, stacks, waiting = carry
-        put(stacks, waiting, i - 1)  # of the first layer: into the empty entry
-        x, kept = run(i, x)
-        waiting = {name: kept.pop(name) for name in waiting}
-        put(stacks, kept, i)
-        return x, stacks, waiting
+        return x, stacks
 
     kept = jax.eval_shape(run, 0, x)[1]
     stacks = {name: empty(name, a) for name, a in kept.items()}
-    waiting = {n: jax.lax.empty(a.shape, a.dtype) for n, a in kept.items() if n in late}
-    x, stacks, waiting = jax.lax.fori_loop(0, count, step, (x, stacks, waiting))
-    put(stacks, waiting, count - 1)
-    return x, stacks
+    return jax.lax.fori_loop(0, count, step, (x, stacks))
 
 
 def stack_backward(
@@ -141,19 +128,17 @@ def stack_backward(
         (gradient of x, carry).
     """
 
-    def one_layer(state, i, residuals, arriving):
+    def one_layer(state, i, residuals):
         dx, carry = state
-        *found, dx, arriving = layer_backward(
-            weights_at(carry, i), residuals, dx, ctx, arriving
-        )
-        return (dx, consume(carry, i, *found)), arriving
+        *found, dx = layer_backward(weights_at(carry, i), residuals, dx, ctx)
+        return dx, consume(carry, i, *found)
 
-    def one_block(group, state, first, residuals, arriving):
+    def one_block(group, state, first, residuals):
         inner = LayerGroup(layers=group.every, save=group.save | {"input"})
         _, inside = _layers(
             lambda i: weights_at(state[1], i), residuals["input"], ctx, first, inner
         )
-        return _reversed(one_layer, state, first, inner.layers, 1, inside), arriving
+        return _reversed(one_layer, state, first, inner.layers, 1, inside)
 
     state, start = (dy, carry), sum(group.layers for group in plan.groups)
     for group, residuals in zip(plan.groups[::-1], kept[::-1], strict=True):
@@ -167,10 +152,9 @@ def stack_backward(
 
 
 def _reversed(body, state, start, layers, every, residuals, ahead=frozenset()):
-    """Fold body(state, layer, residuals, the next ones), the last layer first.
+    """Fold body(state, layer, its residuals) from the last layer to the first.
 
-    Residuals that `ahead` names are fetched while the layer before is computed; `body`
-    returns (state, the next ones).
+    The residuals that `ahead` names are fetched while the layer before is computed.
     """
     count = layers // every
 
@@ -187,7 +171,7 @@ def _reversed(body, state, start, layers, every, residuals, ahead=frozenset()):
         i = count - 1 - t
         following = fetch(ahead, i)  # those of i - 1: an empty entry is in front
         own |= fetch(residuals.keys() - ahead, i)
-        return body(state, start + i * every, own, following)
+        return body(state, start + i * every, own), following
 
     if not ahead:
         return jax.lax.fori_loop(0, count, step, (state, {}))[0]
