@@ -105,11 +105,17 @@ def row_order(row: str) -> tuple[int, str]:
 def _move(names, scopes, opcodes) -> str:
     if opcodes <= {"broadcast", "iota"}:
         return "zero fills"
-    scope = _first(MOVES, names)
+    # By the slice itself: XLA shares the index with slices of another scope.
+    slices = [
+        own
+        for own, scope in zip(names, scopes, strict=True)
+        if scope.endswith(("/dynamic_slice", "/dynamic_update_slice"))
+    ]
+    scope = _first(MOVES, slices or names)
     if scope:
         return MOVES[scope]
-    if any("dynamic_update_index_in_dim" in s for s in scopes) and not any(names):
-        return MOVES["residuals"]  # the forward scan's own stacking
+    if any("dynamic_update_index_in_dim" in s for s in scopes) and not any(slices):
+        return MOVES["residuals"]  # the forward loop's own stacking
     if opcodes & {"dynamic-slice", "dynamic-update-slice"}:
         return "copies: chunks in and out"
     if opcodes & {"convert", "transpose", "concatenate"}:

@@ -130,9 +130,14 @@ def test_stacks_and_sums_are_not_filled_with_zeros():
     wide = {f"f32[{D},{F}]", f"f32[{F},{D}]"}
     stacks = {f"bf16[4,1,8192,{n}]" for n in ("4096", "14336", "32,128", "8,128")}
     assert not stacks.intersection(filled) and not wide.intersection(filled)
-    # Nor are weights copied out of their stack for the kernel that rewrites them there.
+    # Nor are weights copied out of their stack, neither for the kernel that rewrites
+    # them there nor for cuBLAS, which computes each of its products once.
     sliced = re.findall(r"%loop_dynamic_slice\S* = (\w+\[1,[\d,]+\])", hlo)
-    assert not {f"bf16[1,{D},{F}]", f"bf16[1,{F},{D}]"}.intersection(sliced)
+    shapes = [(D, F), (F, D), (D, D), (D, cfg.num_kv_heads * cfg.head_size)]
+    assert not {f"bf16[1,{rows},{n}]" for rows, n in shapes}.intersection(sliced)
+    forward, backward = ("q", "k", "v", "out"), ("h", "out", "o", "q", "k", "v")
+    count = len(forward) + len(backward)
+    assert hlo.count('custom_call_target="__cublas$lt$matmul"') == count
 
 
 def test_llama32_1b_recipe_fits_16_gb():

@@ -95,13 +95,19 @@ def test_backward(kernels, kept, first):
     gate_up = (x @ weights[0], x @ weights[1]) if kept else None
 
     def run(implementation, x, gate_up, dy, weights, totals):
-        return mlp_backward(
+        *found, squares = mlp_backward(
             x, gate_up, dy, weights, totals, implementation=implementation
         )
+        assert (squares is not None) == (first and implementation != "xla")
+        # The kernels' sums of squares as their ratio to those of the totals: 1.
+        squares = squares or [jnp.vdot(t, t) for t in found[1]]
+        ratios = [s / jnp.vdot(t, t) for s, t in zip(squares, found[1], strict=True)]
+        return *found, jnp.stack(ratios)
 
     so_far = None if first else totals_like(weights)
-    dx, totals = check(run, x, gate_up, dy, weights, so_far)
+    dx, totals, ratios = check(run, x, gate_up, dy, weights, so_far, epsilon=1e-5)
     assert dx.dtype == BF16 and [t.dtype for t in totals] == [F32] * 3
+    assert abs(ratios - 1).max() < 1e-5
 
 
 def value_and_gradients(implementation, x, weights, dy, chunk_size=None):

@@ -55,7 +55,8 @@ HloModule jit_step, is_scheduled=true, entry_computation_layout={{(f32[8]{{0}})-
   %r.2 = s32[] parameter(2)
   %r.3 = bf16[1,{T},{D}]{{2,1,0}} bitcast(%r.1)
   %zero.2 = s32[] constant(0)
-  ROOT %put.1 = bf16[{L},{T},{D}]{{2,1,0}} dynamic-update-slice(%r.0, %r.3, %r.2, %zero.2, %zero.2), metadata={{op_name="{LAYER}/jit(dynamic_update_index_in_dim)/dynamic_update_slice"}}
+  %r.4 = s32[] add(%r.2, %zero.2), metadata={{op_name="{LAYER}/weights/jit(dynamic_index_in_dim)/select_n"}}
+  ROOT %put.1 = bf16[{L},{T},{D}]{{2,1,0}} dynamic-update-slice(%r.0, %r.3, %r.4, %zero.2, %zero.2), metadata={{op_name="{LAYER}/jit(dynamic_update_index_in_dim)/dynamic_update_slice"}}
 }}
 
 %fetch (h.0: bf16[{L},{T},{D}], h.1: s32[]) -> bf16[1,{T},{D}] {{
