@@ -6,8 +6,9 @@ plugin would claim this one's backend. Two things differ from a run:
 
 - cuDNN is not asked for the workspace of its attention, which counts as nothing;
   `Prediction` knows it.
-- kernels are not autotuned, and Triton's matrix products, which need that, are off.
-  On a GPU they hold up to 1.2% more, which `Prediction` counts (docs/LOG.md).
+- kernels are not autotuned, and Triton's matrix products, which need that, are off. So
+  they are on Hopper (`train_step.py`); elsewhere a GPU holds up to 1.2% more with them
+  (docs/LOG.md).
 
 Optimizer state in host memory (`optim.state_on_host`) cannot be compiled so: an
 argument's memory kind belongs to a device.

