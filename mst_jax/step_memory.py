@@ -283,8 +283,8 @@ class StepMemory:
         wide = 4 if "gate_up" in kept or self.kernels else 6
         narrow = 2
         if whole:
-            # dup is in the gradient of hidden's place. Beside dy and its successor there
-            # is the normed MLP input if gate and up are read, h if it is not kept.
+            # dup is in the gradient of hidden's place. Beside dy and its successor: the
+            # normed MLP input if gate and up are read, and h if that is not kept.
             wide, narrow = 3, ("gate_up" in kept) + ("mlp_input" not in kept)
         chunk = self.C * (wide * self.wide * self.F + narrow * a * self.D)
         # A single chunk has no sums to add to.
