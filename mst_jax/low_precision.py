@@ -262,9 +262,9 @@ def _random_bits(key: jax.Array, shape: tuple[int, ...]) -> UInt16[Array, "..."]
     """Return 16 bits of a hash of the element's number and the key.
 
     A bijection of 32 bits for each key: every element's bits are uniform over the keys.
-    Fused into the rounding, which integer operations limit: two rounds of MurmurHash3's
-    made the optimizer 1.5 times as slow. XLA's Philox writes 4 bytes an element to
-    memory first: a step of AdamW in bf16 took 2.5 times as long.
+    Fused into the rounding, which integer operations limit (docs/LOG.md): it has few.
+    XLA's Philox writes 4 bytes an element to memory first: a step of AdamW in bf16 took
+    2.5 times as long.
     """
     words = jax.random.key_data(key)
     number = jax.lax.iota(jnp.uint32, prod(shape)).reshape(shape)

@@ -17,6 +17,7 @@ from mst_jax.optim import (
     make_optimizer,
     rewrite,
     split_frozen,
+    squared_norm,
     unit_key,
     update,
     update_one,
@@ -127,3 +128,10 @@ def test_rewrite_keeps_the_stacks_dtype():
     assert new["a"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(new["a"], jnp.bfloat16([[1, 1], [2, 3], [1, 1]]))
     np.testing.assert_array_equal(at(new, 1)["a"], jnp.bfloat16([2, 3]))
+
+
+def test_a_known_sum_of_squares_takes_the_place_of_its_leaf():
+    tree = {"mlp": {"w": jnp.full((2, 3), 2.0), "b": jnp.ones(4)}, "norm": jnp.ones(5)}
+    assert squared_norm(tree) == 24 + 4 + 5
+    assert squared_norm(tree, {"mlp": {"w": jnp.float32(7)}}) == 7 + 4 + 5
+    assert squared_norm({}) == 0
