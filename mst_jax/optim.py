@@ -217,10 +217,10 @@ def squared_norm(tree: Any, known: Any = None) -> Float[Array, ""]:
 
     `known`: a part of the tree, of the leaves' own sums that are there already.
     """
-    sums: Any = flatten_dict(known or {})
-    total = jnp.zeros((), jnp.float32)
-    for path, a in flatten_dict(tree).items():
-        total += sums[path] if path in sums else jnp.sum(jnp.square(f32(a)))
+    leaves, sums = flatten_dict(tree), flatten_dict(known or {})
+    total: Any = jnp.zeros((), jnp.float32)
+    for path in sorted(leaves):  # in the same order wherever the tree comes from
+        total += sums[path] if path in sums else jnp.sum(jnp.square(f32(leaves[path])))
     return total
 
 
