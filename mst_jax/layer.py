@@ -102,16 +102,13 @@ def layer_backward(
         d_mlp, dwo, dh = jax.lax.optimization_barrier((d_mlp, dwo, dh))
     dq, dk, dv = _attend_backward(p, kept, dh, ctx)
     d_norm, d_attention, dx = _before_backward(p, x, (dq, dk, dv), dh, ctx)
-    return (
-        {
-            "attention_norm": d_norm,
-            "attention": {**d_attention, "wo": dwo},
-            "mlp_norm": d_mlp_norm,
-            "mlp": d_mlp,
-        },
-        {"mlp": squares},
-        dx,
-    )
+    gradients = {
+        "attention_norm": d_norm,
+        "attention": {**d_attention, "wo": dwo},
+        "mlp_norm": d_mlp_norm,
+        "mlp": d_mlp,
+    }
+    return gradients, {"mlp": squares}, dx
 
 
 # --- before attention: norm, projections, RoPE ---

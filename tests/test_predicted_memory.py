@@ -375,10 +375,9 @@ def test_predicted_memory_is_within_5_percent_of_the_compiled(gpu, cfg):
 def test_predicted_memory_holds_the_benchmarked_steps(case):
     cfg = step_of(case)
     compiled = compile_step(cfg, LLAMA, H200)
-    # Where h is recomputed, up to 3.4% less is compiled: the peaks that were measured
-    # on a GPU, which autotunes, are what is predicted.
+    # JAX 0.12 takes up to 1.5% less: where h is recomputed.
     ratio = predict(cfg, LLAMA, H200).peak_compiled / compiled.device
-    assert 0.995 < ratio < 1.04
+    assert 0.995 < ratio < 1.03
 
 
 def test_state_on_the_host_is_not_compiled():

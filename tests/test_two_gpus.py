@@ -47,6 +47,8 @@ def config(data, fsdp, packing=True):
 @MESHES
 def test_kernels_are_in_a_step_of_two(data, fsdp):
     cfg = config(data, fsdp, packing=False)
+    # Long enough that activations outweigh cuBLAS's workspaces.
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seq_len=2 * T))
     two = compile_step(cfg, MODEL, GPUS["h200"])
     for name in ("attention_backward", "gate_up", "logits"):
         assert f"/{name}/" in two.hlo, name
@@ -55,7 +57,7 @@ def test_kernels_are_in_a_step_of_two(data, fsdp):
     whole = dataclasses.replace(cfg, mesh=MeshConfig())
     one = compile_step(whole, MODEL, GPUS["h200"])
     assert two.arguments < (0.6 if fsdp > 1 else 1.01) * one.arguments
-    assert two.temporaries < 0.85 * one.temporaries
+    assert two.temporaries < 0.8 * one.temporaries
 
 
 @pytest.mark.gpu
