@@ -8,8 +8,9 @@ optimizer and, bit for bit, initial weights (`peers/weights.py`), so that the fi
 is the same. Entries run in the order given until --seconds are spent; a row that fails,
 hangs or does not fit is a row with its error. Peers' settings are in
 `peers/with_torch.py`; mini-s is a path to a checkout of it; a missing package is named
-in its rows. `ours` is the planner's choice for the budget, `ours@30` for 30 GiB. Writes
-a dated markdown, a CSV and a plot.
+in its rows. `ours` is the planner's choice for the budget, `ours@30` for 30 GiB,
+`ours@30+80` and `ours+80` with 80 GiB of host memory besides. Writes a dated markdown,
+a CSV and a plot.
 """
 
 import argparse
@@ -52,7 +53,7 @@ OTHER_LOSS = "another first loss"
 
 def is_ours(entry: str) -> bool:
     """Whether an entry runs on this package."""
-    return entry.partition("@")[0] in OURS
+    return entry.partition("+")[0].partition("@")[0] in OURS
 
 
 def is_checkpointed(entry: str) -> bool:
@@ -99,6 +100,8 @@ class Worker:
         if total_GiB:
             fraction = job["budget_GiB"] / total_GiB
             env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{fraction:.4f}"
+        if host := job["entry"].partition("+")[2]:
+            env["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] = str(max(64, int(float(host))))
         self.errors = tempfile.TemporaryFile("w+")
         path = str(ROOT / "benchmarks" / "peers" / script)
         self.process = subprocess.Popen(
@@ -205,6 +208,7 @@ def table(results: list[dict]) -> list[dict]:
                 "ours_over_it": round(best / speed, 3) if best else "",
                 "peak_GiB": round(row["peak_GiB"], 2),
                 "pool_GiB": round(row.get("reserved_GiB", 0), 2) or "",
+                "host_GiB": round(row.get("host_GiB", 0), 2) or "",
                 "step_s": round(row["step_s"], 4),
                 "fastest_s": round(row["fastest_s"], 4),
                 "steps": row["steps"],
@@ -282,8 +286,8 @@ def write(args, name: str, results: list[dict]) -> None:
             f"random tokens, {args.optimizer}, learning rate {args.learning_rate}, "
             "updated in the backward pass; median of the steps after the first",
             "peak_GiB: allocated (PyTorch), in use (JAX); pool_GiB: reserved by "
-            "PyTorch. ours_over_it: tokens/s of the fastest of ours at that length "
-            "over the row's",
+            "PyTorch; host_GiB: residuals in pinned host memory. ours_over_it: "
+            "tokens/s of the fastest of ours at that length over the row's",
             "peers' settings: `benchmarks/peers/with_torch.py`. bf16 weights are "
             "rounded stochastically in ours, to nearest in the peers'; mini-s's "
             "gradient of the LM head is twice the right one: later losses differ for "

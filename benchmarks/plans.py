@@ -30,6 +30,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "attention": {"plan": "save_attention"},
     "attention-after": {"plan": "save_attention", "in_backward": False},
     "all-but-gate-up": {"plan": "* save=input+qkv+attention+mlp_input"},
+    "all-but-gate-up-whole": {
+        "plan": "* save=input+qkv+attention+mlp_input",
+        "mlp_chunk_size": 0,
+    },
+    "gate-up": {
+        "plan": "* offload=input+qkv+attention+mlp_input save=gate_up",
+        "mlp_chunk_size": 0,
+        "prefetch": True,
+    },
+    "offload-whole": {"plan": "offload", "mlp_chunk_size": 0},
+    "offload-whole-ahead": {"plan": "offload", "mlp_chunk_size": 0, "prefetch": True},
+    "full-whole": {"plan": "full", "mlp_chunk_size": 0},
     "none": {"plan": "none"},
     "attention-whole": {"plan": "save_attention", "mlp_chunk_size": 0},
     "none-whole": {"plan": "none", "mlp_chunk_size": 0},

@@ -189,9 +189,10 @@ class TrainConfig:
     """What computes the chunks of the MLP and the LM head: XLA's matrix products or
     this package's Hopper kernels; 'auto' takes the kernels where they can run."""
     command_buffers: Literal["default", "step", "off"] = "default"
-    """CUDA graphs: 'default' is XLA's choice, parts of a step; 'step' makes one of the
-    whole step, loops unrolled, for small models whose kernels take less time than their
-    launches; 'off' makes none."""
+    """CUDA graphs: 'default' is XLA's choice, parts of a step, and none where a plan
+    offloads, whose copies would take their turn with the kernels; 'step' makes one of
+    the whole step, loops unrolled, for small models whose kernels take less time than
+    their launches; 'off' makes none."""
     eval_every: int = 50
     """Steps between evaluations; the last step is always evaluated."""
     eval_batches: int = 4

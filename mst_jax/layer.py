@@ -99,7 +99,10 @@ def layer_backward(
     if loop_chunks(x.shape[1], ctx.chunk_size)[0] == x.shape[1]:
         # Without a loop XLA's scheduler puts off the MLP's weight gradients, and
         # [T, F] arrays wait for them through attention: 2 GiB at 65,536 tokens of 8B.
-        d_mlp, dwo, dh = jax.lax.optimization_barrier((d_mlp, dwo, dh))
+        # Or it computes q, k and v again in front of the MLP.
+        later = d_mlp, dwo, dh, x
+        d_mlp, dwo, dh, x = jax.lax.optimization_barrier(later)
+        kept["input"] = x
     dq, dk, dv = _attend_backward(p, kept, dh, ctx)
     d_norm, d_attention, dx = _before_backward(p, x, (dq, dk, dv), dh, ctx)
     gradients = {

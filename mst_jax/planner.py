@@ -50,6 +50,10 @@ _WITHOUT_MLP = _kept("save=input+qkv+attention+mlp_input")
 _ATTENTION, _FULL = _kept("save=input+attention"), _kept("save=input")
 _OFFLOAD_ATTENTION, _OFFLOAD = _kept("offload=input+attention"), _kept("offload=input")
 _AWAY = _kept("offload=input save=attention")
+# What is there first goes to the host: gate and up have no time left to.
+_BUT_GATE_UP = "offload=input+qkv+attention+mlp_input"
+_GATE_UP, _ALL_AWAY = _kept(f"{_BUT_GATE_UP} save=gate_up"), _kept(_BUT_GATE_UP)
+_HALF_AWAY = _kept("offload=input+attention save=qkv+mlp_input")
 _FULL_2, _FULL_4 = (_kept("save=input", k) for k in (2, 4))
 _OFFLOAD_2, _OFFLOAD_4 = (_kept("offload=input", k) for k in (2, 4))
 # Blocks that are run again keep attention until then, or it would run a third time.
@@ -59,6 +63,12 @@ _AWAY_2, _AWAY_4 = (_kept("offload=input save=attention", k) for k in (2, 4))
 # within 2% of one of these for Llama3-8B on A100 to H200, with and without host memory.
 NEIGHBOURS = (
     (_NONE, _WITHOUT_MLP), (_WITHOUT_MLP, _ATTENTION), (_ATTENTION, _FULL),
+    (_NONE, _GATE_UP), (_GATE_UP, _WITHOUT_MLP), (_GATE_UP, _ALL_AWAY),
+    (_GATE_UP, _HALF_AWAY), (_GATE_UP, _ATTENTION), (_GATE_UP, _OFFLOAD_ATTENTION),
+    (_WITHOUT_MLP, _HALF_AWAY), (_HALF_AWAY, _ATTENTION),
+    (_HALF_AWAY, _OFFLOAD_ATTENTION), (_HALF_AWAY, _ALL_AWAY),
+    (_NONE, _ALL_AWAY), (_WITHOUT_MLP, _ALL_AWAY), (_ALL_AWAY, _ATTENTION),
+    (_ALL_AWAY, _OFFLOAD_ATTENTION),
     (_ATTENTION, _AWAY), (_ATTENTION, _OFFLOAD_ATTENTION),
     (_AWAY, _OFFLOAD_ATTENTION), (_AWAY, _OFFLOAD),
     (_OFFLOAD_ATTENTION, _OFFLOAD), (_FULL, _OFFLOAD),

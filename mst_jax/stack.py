@@ -9,6 +9,12 @@ may live in the loop's carry and change in place.
 Layers are indexed by the loops' own counters: from an index that is linear in them XLA
 knows where a slice lies. Kernels then read weights in their stack, and slices in host
 memory are copied by DMA; from any other index they are copied, and by a kernel.
+
+Without its latency-hiding scheduler (`train_step.py`) XLA begins a copy to or from the
+host when its operands are there, and waits for it in front of its first user. But it
+puts off whatever only a copy needs. So a copy's index and stack are tied to the layer's
+input by a barrier, its array is no reshape, and what it fetches goes straight to the
+next turn of the loop.
 """
 
 from collections.abc import Callable, Collection
@@ -44,19 +50,19 @@ def stack_forward(
         ctx: what the layers share.
 
     Returns:
-        (y, what each group keeps: arrays [layers / every, ...] by name, those that are
-        fetched ahead with an empty entry in front).
+        (y, what each group keeps: arrays [layers / every, B, ...] by name, in host
+        memory [layers / every * B, ...] and, if fetched ahead, B empty rows in front).
     """
     kept, start = [], 0
     for group in plan.groups:
         run = _layers if group.every == 1 else _blocks
-        x, residuals = run(weights_at, x, ctx, start, group, _ahead(plan, group))
+        x, residuals = run(weights_at, x, ctx, start, group, plan.prefetch)
         kept.append(residuals)
         start += group.layers
     return x, kept
 
 
-def _layers(weights_at, x, ctx, start, group, ahead=frozenset()):
+def _layers(weights_at, x, ctx, start, group, ahead=False):
     def run(i, x):
         return layer_forward(weights_at(start + i), x, ctx, group.kept)
 
@@ -84,17 +90,22 @@ def _stacked(run, x, count, offloaded, ahead):
     """
 
     def empty(name, a):
-        stack = jax.lax.empty((count + (name in ahead), *a.shape), a.dtype)
-        return _to_host(stack) if name in offloaded else stack
+        if name not in offloaded:
+            return jax.lax.empty((count, *a.shape), a.dtype)
+        rows = (count + ahead) * len(a)
+        return _to_host(jax.lax.empty((rows, *a.shape[1:]), a.dtype))
 
     def step(i, carry):
         x, stacks = carry
+        slot = i + ahead
+        x = _after(x, slot, _only(offloaded, stacks))
         x, kept = run(i, x)
         for name, a in kept.items():
-            a = _to_host(a) if name in offloaded else a
-            slot = i + (name in ahead)
-            stack = jax.lax.dynamic_update_index_in_dim(stacks[name], a, slot, 0)
-            stacks[name] = stack
+            if name in offloaded:
+                stacks[name] = _put(stacks[name], _to_host(a), slot)
+            else:
+                stack = jax.lax.dynamic_update_index_in_dim(stacks[name], a, i, 0)
+                stacks[name] = stack
         return x, stacks
 
     kept = jax.eval_shape(run, 0, x)[1]
@@ -146,48 +157,80 @@ def stack_backward(
         body = one_layer if group.every == 1 else partial(one_block, group)
         state = _reversed(
             body, state, start, group.layers, group.every, residuals,
-            _ahead(plan, group),
+            _arrays(group.offload), plan.prefetch,
         )  # fmt: skip
     return state
 
 
-def _reversed(body, state, start, layers, every, residuals, ahead=frozenset()):
+def _reversed(
+    body, state, start, layers, every, residuals, offloaded=frozenset(), ahead=False
+):
     """Fold body(state, layer, its residuals) from the last layer to the first.
 
-    The residuals that `ahead` names are fetched while the layer before is computed.
+    Offloaded residuals are fetched while the layer after theirs is differentiated, if
+    `ahead`, else with their own.
     """
-    count = layers // every
+    count, ahead = layers // every, ahead and bool(offloaded)
+    here = {name: a for name, a in residuals.items() if name not in offloaded}
+    away = _only(offloaded, residuals)
 
     @jax.named_scope("residuals")
-    def fetch(names, i):
+    def fetch(slot):
         return {
-            name: _to_device(jax.lax.dynamic_index_in_dim(a, i, keepdims=False))
-            for name, a in residuals.items()
-            if name in names
+            name: _to_device(_get(stack, slot, len(stack) // (count + ahead)))
+            for name, stack in away.items()
+        }
+
+    @jax.named_scope("residuals")
+    def read(i):
+        return {
+            name: jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
+            for name, stack in here.items()
         }
 
     def step(t, carry):
-        state, own = carry
+        (dx, params), own = carry
         i = count - 1 - t
-        following = fetch(ahead, i)  # those of i - 1: an empty entry is in front
-        own |= fetch(residuals.keys() - ahead, i)
-        return body(state, start + i * every, own), following
+        dx = _after(dx, i, away)
+        fetched = fetch(i)  # if ahead, those of i - 1: the first slot is empty
+        own = read(i) | (own if ahead else fetched)
+        dx, params = body((dx, params), start + i * every, own)
+        if not ahead:
+            return (dx, params), {}
+        dx, following = jax.lax.optimization_barrier((dx, fetched))
+        return (dx, params), following
 
-    if not ahead:
-        return jax.lax.fori_loop(0, count, step, (state, {}))[0]
-    # The first layer's wait for dx: the head's own peak is before it.
-    dx, carry = state
-    dx, last = jax.lax.optimization_barrier((dx, jnp.int32(count)))
-    first = (dx, carry), fetch(ahead, last)
-    return jax.lax.fori_loop(0, count, step, first)[0]
-
-
-def _ahead(plan: Plan, group: LayerGroup) -> frozenset[str]:
-    return _arrays(group.offload) if plan.prefetch else frozenset()
+    own, (dx, params) = {}, state
+    if ahead:  # the first layer's wait for dx: the head's own peak is before it
+        dx, last = jax.lax.optimization_barrier((dx, jnp.int32(count)))
+        own = fetch(last)
+    return jax.lax.fori_loop(0, count, step, ((dx, params), own))[0]
 
 
 def _arrays(names: Collection[str]) -> frozenset[str]:
     return frozenset(array for name in names for array in _ARRAYS[name])
+
+
+def _only(names: Collection[str], arrays: dict[str, Any]) -> dict[str, Any]:
+    return {name: a for name, a in arrays.items() if name in names}
+
+
+def _after(x, index, stacks):
+    """Return x, which waits for what copies of `stacks` at `index` take besides."""
+    if not stacks:
+        return x
+    zero = jnp.int32(0)  # the index of their other dimensions
+    return jax.lax.optimization_barrier((x, index, zero, stacks))[0]
+
+
+def _put(stack, a, slot):
+    at = (slot * len(a), *[0] * (a.ndim - 1))
+    return jax.lax.dynamic_update_slice(stack, a, at, allow_negative_indices=False)
+
+
+def _get(stack, slot, rows):
+    at, sizes = (slot * rows, *[0] * (stack.ndim - 1)), (rows, *stack.shape[1:])
+    return jax.lax.dynamic_slice(stack, at, sizes, allow_negative_indices=False)
 
 
 def _to_host(a: jax.Array) -> jax.Array:

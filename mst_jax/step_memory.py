@@ -169,10 +169,14 @@ class StepMemory:
         found, saved, gradients = [], 0, self.gradients
         for group in self.plan.groups:
             saved += self._saved(group)
-            ahead = self.kept_bytes(group.offload) if self.plan.prefetch else 0
-            held = saved + self.block(group) + ahead
+            held = saved + self.block(group)
+            # The next layer's; and the loop's carry holds a layer's own to its end.
+            ahead = group.offload if self.plan.prefetch else frozenset()
+            held += self.kept_bytes(ahead)
             resident = {"residuals": held} | gradients
             found.append(("MLP", resident | self._mlp_backward(group)))
+            held += self.kept_bytes(ahead & {"mlp_input", "gate_up"})
+            resident = {"residuals": held} | gradients
             for name, parts in self._attention_backward(group).items():
                 found.append((name, resident | parts))
         found.append(("head", {"residuals": saved} | self._head()))
@@ -266,15 +270,18 @@ class StepMemory:
         a, kept, groups = self.a, group.kept, self.plan.head_groups
         single = self.C == self.n
         whole = single and self.kernels
-        # dk and dv, or k and v, made early: in front of a loop, or with out.
-        early = groups > 1 or not whole or "attention" not in kept
-        token = 2 * a * self.KH if early else 0
-        if groups == 1 and "attention" not in kept:
-            token += a * self.NH  # q is there too, from recomputing attention
-        if "mlp_input" in kept and not whole:
+        # dk and dv, or k and v, made early, in front of a loop; not if they come back.
+        early = groups > 1 or not whole
+        token = 2 * a * self.KH if early and "qkv" not in group.offload else 0
+        if "attention" not in kept:  # x or, from recomputing it, q is there twice
+            token += a * (self.D if whole else self.NH * (groups == 1))
+        # In a stack on the device a whole sequence is read where it lies.
+        if "mlp_input" in (group.offload if whole else kept):
             token += a * self.D
-        if "gate_up" in kept and not single:  # one chunk reads them in their stack
+        if "gate_up" in (group.offload if single else kept):
             token += 2 * a * self.F
+        if "qkv" in group.offload:
+            token += a * (self.NH + 2 * self.KH)
         if self.ragged:
             token += a * self.D  # the last, shorter chunk rewrites a copy of dh
         # gate, up, the gradient of hidden, and what one kernel makes of them: hidden,

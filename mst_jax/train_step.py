@@ -27,6 +27,7 @@ from mst_jax.gradients import (
     embedding_gradient,
     evaluate,
     forward,
+    make_plan,
 )
 from mst_jax.layerwise import step_in_backward
 from mst_jax.model import init_params
@@ -240,17 +241,25 @@ def make_train_step(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...
             state = jax.lax.with_sharding_constraint(state, shardings)
         return state, metrics
 
-    options = _compiler_options(cfg, model)
-    options |= COMMAND_BUFFERS[cfg.train.command_buffers]
+    options = compiler_options(cfg, model, cfg.train.command_buffers)
     return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
-def _compiler_options(cfg: Config, model: ModelConfig) -> dict[str, str | bool]:
+def compiler_options(
+    cfg: Config, model: ModelConfig, command_buffers: str = "default"
+) -> dict[str, str | bool]:
+    """Return XLA's options for a step, or for an evaluation."""
     # XLA's own rematerialization counts arrays in host memory as the device's, and then
     # computes matrix products twice. Its asynchronous copies within the device share
     # streams with those to and from the host, and then wait for them.
     passes = ["rematerialization", "dynamic-slice-copy-fusion-async-wrapper"]
     options: dict[str, str | bool] = {}
+    if make_plan(cfg, model).offloads:
+        # In a CUDA graph copies take their turn with kernels. Nor does XLA's scheduler
+        # know how long either takes; without it copies begin as early, and are waited
+        # for as late, as they can be.
+        options |= COMMAND_BUFFERS["off"]
+        options["xla_gpu_enable_latency_hiding_scheduler"] = False
     can, _ = swiglu.choose_implementation(
         jnp.dtype(cfg.train.compute_dtype), model.hidden_size, model.intermediate_size,
         rows=8,
@@ -261,7 +270,8 @@ def _compiler_options(cfg: Config, model: ModelConfig) -> dict[str, str | bool]:
         # XLA's own MLP is 10% slower so.
         passes.append("dot-merger")
         options["xla_gpu_enable_triton_gemm"] = False
-    return options | {"xla_disable_hlo_passes": ",".join(passes)}
+    options["xla_disable_hlo_passes"] = ",".join(passes)
+    return options | COMMAND_BUFFERS[command_buffers]
 
 
 def _step_after_backward(cfg, gradients_of, optimizer, state, batch, key):
@@ -289,7 +299,7 @@ def make_eval_step(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...,
         return total, count
 
     evaluate_shards = _on_shards(local, mesh, lambda specs: (P(), P()))
-    return jax.jit(evaluate_shards, compiler_options=_compiler_options(cfg, model))
+    return jax.jit(evaluate_shards, compiler_options=compiler_options(cfg, model))
 
 
 def _on_shards(local: Any, mesh: Mesh, out_specs: Any) -> Callable[..., Any]:

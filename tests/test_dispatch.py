@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from scripts import load
 
-from mst_jax.config import TrainConfig
-from mst_jax.train_step import COMMAND_BUFFERS
+from mst_jax.config import PRESETS, Config, TrainConfig
+from mst_jax.train_step import COMMAND_BUFFERS, compiler_options
 
 dispatch = load("dispatch")
 
@@ -73,3 +73,21 @@ def test_xla_knows_the_options(name):
 def test_every_choice_has_its_options():
     hint = get_type_hints(TrainConfig)["command_buffers"]
     assert set(get_args(hint)) == set(COMMAND_BUFFERS)
+
+
+@pytest.mark.parametrize(
+    "plan, command_buffers, on",
+    [
+        ("save_attention", "default", True), ("offload", "default", False),
+        ("offload", "step", True), ("save_attention", "off", False),
+    ],
+)  # fmt: skip
+def test_copies_to_the_host_are_in_no_cuda_graph(plan, command_buffers, on):
+    # There they take their turn with the kernels.
+    model = PRESETS["llama3_8b"]
+    cfg = Config(model=model, train=TrainConfig(plan=plan))
+    options = compiler_options(cfg, model, command_buffers)
+    assert (options.get("xla_gpu_enable_command_buffer") != "") is on
+    early = options.get("xla_gpu_enable_latency_hiding_scheduler") is False
+    assert early is ("offload" in plan)
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2

@@ -4,6 +4,7 @@ Llama3-8B's width: D=4096, F=14336, V=128256, 32 query and 8 key/value heads of 
 References are computed in f32 on the GPU too, in blocks that fit.
 """
 
+import dataclasses
 import time
 from functools import partial
 
@@ -418,6 +419,33 @@ def test_more_than_2_to_the_31_elements():
     assert max(errors([a[:, -600:] for a in whole], last)) < 1e-2
     assert max(errors([a[:, :600] for a in whole[:2]], first[:2])) < 1e-2
     assert abs(float(total) / float(last_total) - 1) < 1e-3
+
+
+def test_what_goes_to_the_host_costs_no_time():
+    # 36 KiB a token and layer, both ways; waited for, a third of the step.
+    model = dataclasses.replace(two_layers(), num_layers=6)
+    batch = {k: v[None] for k, v in make_batch(STEP_LENGTH).items()}
+    options = {"name": "sgd", "param_dtype": "bfloat16", "clip_norm": None}
+
+    def run(plan):
+        train = TrainConfig(plan=plan, prefetch=True, mlp_chunk_size=0)
+        cfg = Config(
+            model=model, data=DataConfig(seq_len=STEP_LENGTH, batch_size=1),
+            optim=OptimConfig(in_backward=True, **options), train=train,
+        )  # fmt: skip
+        mesh = make_mesh(cfg.mesh)
+        state = jax.jit(lambda: init_train_state(cfg, init_params(model, 0), mesh))()
+        step, seconds, norms = make_train_step(cfg, model, mesh), [], []
+        for _ in range(6):
+            began = time.perf_counter()
+            state, metrics = step(state, batch)
+            norms.append(float(metrics["grad_norm"]))  # waits
+            seconds.append(time.perf_counter() - began)
+        return norms[0], min(seconds)
+
+    norm, saved = run("none")
+    norm_away, away = run("* offload=input+qkv+attention+mlp_input save=gate_up")
+    assert norm_away == pytest.approx(norm, rel=1e-3) and away < 1.1 * saved
 
 
 def test_optimizer_state_on_the_host_changes_nothing():

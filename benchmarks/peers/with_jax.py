@@ -34,8 +34,13 @@ PLANS = {
 
 
 def make_config(job: dict[str, Any]) -> Config:
-    """Return the run: a plan of `PLANS`, or `ours` and `ours@GIB` by the planner."""
-    name, _, budget = job["entry"].partition("@")
+    """Return the run: a plan of `PLANS`, or `ours` by the planner.
+
+    `ours@21` is for 21 GiB of the device, `ours@21+80` and `ours+80` with 80 GiB of
+    host memory besides.
+    """
+    entry, _, host = job["entry"].partition("+")
+    name, _, budget = entry.partition("@")
     tokens, model = job["lengths"][0], PRESETS[job["preset"]]
     options: dict[str, Any] = {"plan": PLANS[name]} if name in PLANS else {}
     adamw = job["optimizer"] == "adamw"
@@ -58,7 +63,8 @@ def make_config(job: dict[str, Any]) -> Config:
     else:
         device_bytes = default_budget(memory.present_gpu())
     gpu = memory.present_gpu()
-    return memory.fastest_plan(cfg, model, gpu, device_bytes)[0]
+    host_bytes = int(float(host or 0) * GIB)
+    return memory.fastest_plan(cfg, model, gpu, device_bytes, host_bytes)[0]
 
 
 def measure(cfg: Config, job: dict[str, Any]) -> dict[str, Any]:
@@ -98,6 +104,7 @@ def measure(cfg: Config, job: dict[str, Any]) -> dict[str, Any]:
         "compile_s": compile_seconds,
         "steps": len(timed),
         "peak_GiB": stats.get("peak_bytes_in_use", 0) / GIB,
+        "host_GiB": size.host_temp_size_in_bytes / GIB,
         "compiled_GiB": (size.argument_size_in_bytes + size.temp_size_in_bytes) / GIB,
         "losses": losses,
     }
@@ -112,7 +119,7 @@ def main() -> None:
     try:
         cfg = make_config(job)
         train = cfg.train
-        row["plan"] = train.plan
+        row["plan"] = train.plan + ", a layer ahead" * train.prefetch
         if train.head_groups > 1:
             row["plan"] += f", {train.head_groups} head groups"
         row |= measure(cfg, job)

@@ -64,13 +64,15 @@ def flash_backward(q, k, v, out, lse, d_out, *, segment_ids=None, window=None):
     delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
     # For the layout that the kernel reads, JAX 0.12 would turn it all the same.
     delta = with_layout_constraint(delta, Layout((0, 1, 2)))
-    # Turned apart: in one kernel with the sum it takes five times as long.
-    delta = lax.optimization_barrier(delta).swapaxes(1, 2)
+    # Turned apart: in one kernel with the sum it takes five times as long. Zeros after
+    # it: XLA makes constant ones long before they are needed.
+    delta, zero = lax.optimization_barrier((delta, jnp.float32(0)))
+    delta = delta.swapaxes(1, 2)
     # A block of keys walks whole blocks of queries: exp(0 - inf) = 0 beyond the end.
     pad = ((0, 0), (0, 0), (0, -T % KEYS))
     lse = jnp.pad(lse * LOG2_E, pad, constant_values=jnp.inf)
     delta = jnp.pad(delta, pad)
-    dq = jnp.zeros(q.shape, jnp.float32)
+    dq = jnp.full(q.shape, zero)
     seen = ()
     if segment_ids is not None or window is not None:
         last = jnp.broadcast_to(_last_query(segment_ids, window, T), (B, T))
