@@ -51,9 +51,14 @@ SAME_LOSS = 1e-2
 OTHER_LOSS = "another first loss"
 
 
+def name_of(entry: str) -> str:
+    """Return an entry without its budgets."""
+    return entry.partition("+")[0].partition("@")[0]
+
+
 def is_ours(entry: str) -> bool:
     """Whether an entry runs on this package."""
-    return entry.partition("+")[0].partition("@")[0] in OURS
+    return name_of(entry) in OURS
 
 
 def is_checkpointed(entry: str) -> bool:
@@ -343,7 +348,7 @@ def main() -> None:
     args.lengths.sort()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the worker too
     known = {*ENTRIES, *OURS}
-    if unknown := {e for e in args.entries if e.partition("@")[0] not in known}:
+    if unknown := {e for e in args.entries if name_of(e) not in known}:
         raise SystemExit(f"no entries {sorted(unknown)}; there are {[*ENTRIES]}")
     name, total_GiB = gpu()
     args.budget = args.budget or 0.95 * total_GiB
