@@ -51,7 +51,8 @@ def stack_forward(
 
     Returns:
         (y, what each group keeps: arrays [layers / every, B, ...] by name, in host
-        memory [layers / every * B, ...] and, if fetched ahead, B empty rows in front).
+        memory [layers / every * B, ...], the last layer's first or, if they are fetched
+        ahead, behind B empty rows in order).
     """
     kept, start = [], 0
     for group in plan.groups:
@@ -86,23 +87,25 @@ def _blocks(weights_at, x, ctx, start, group, ahead):
 def _stacked(run, x, count, offloaded, ahead):
     """Fold run(i, x) -> (x, kept) and stack what it keeps.
 
-    `jax.lax.scan` would fill the stacks with zeros and index the layers by an array.
+    `jax.lax.scan` would fill the stacks with zeros and index the layers by an array. In
+    host memory no layer is put where the loop's counter points: the counter is advanced
+    in place, and a copy there would have to be done before.
     """
+    B = len(x)
 
     def empty(name, a):
-        if name not in offloaded:
-            return jax.lax.empty((count, *a.shape), a.dtype)
-        rows = (count + ahead) * len(a)
-        return _to_host(jax.lax.empty((rows, *a.shape[1:]), a.dtype))
+        if name in offloaded:
+            return _to_host(jax.lax.empty(((ahead + count) * B, *a.shape[1:]), a.dtype))
+        return jax.lax.empty((count, *a.shape), a.dtype)
 
     def step(i, carry):
         x, stacks = carry
-        slot = i + ahead
-        x = _after(x, slot, _only(offloaded, stacks))
+        row = (1 + i if ahead else count - 1 - i) * B
+        x = _after(x, row, _only(offloaded, stacks))
         x, kept = run(i, x)
         for name, a in kept.items():
             if name in offloaded:
-                stacks[name] = _put(stacks[name], _to_host(a), slot)
+                stacks[name] = _put(stacks[name], _to_host(a), row)
             else:
                 stack = jax.lax.dynamic_update_index_in_dim(stacks[name], a, i, 0)
                 stacks[name] = stack
@@ -170,16 +173,14 @@ def _reversed(
     Offloaded residuals are fetched while the layer after theirs is differentiated, if
     `ahead`, else with their own.
     """
-    count, ahead = layers // every, ahead and bool(offloaded)
+    (dx, params), count = state, layers // every
+    ahead, B = ahead and bool(offloaded), len(dx)
     here = {name: a for name, a in residuals.items() if name not in offloaded}
     away = _only(offloaded, residuals)
 
     @jax.named_scope("residuals")
-    def fetch(slot):
-        return {
-            name: _to_device(_get(stack, slot, len(stack) // (count + ahead)))
-            for name, stack in away.items()
-        }
+    def fetch(row):
+        return {name: _to_device(_get(stack, row, B)) for name, stack in away.items()}
 
     @jax.named_scope("residuals")
     def read(i):
@@ -191,8 +192,9 @@ def _reversed(
     def step(t, carry):
         (dx, params), own = carry
         i = count - 1 - t
-        dx = _after(dx, i, away)
-        fetched = fetch(i)  # if ahead, those of i - 1: the first slot is empty
+        row = (i if ahead else t) * B  # ahead, that of layer i - 1
+        dx = _after(dx, row, away)
+        fetched = fetch(row)
         own = read(i) | (own if ahead else fetched)
         dx, params = body((dx, params), start + i * every, own)
         if not ahead:
@@ -200,9 +202,9 @@ def _reversed(
         dx, following = jax.lax.optimization_barrier((dx, fetched))
         return (dx, params), following
 
-    own, (dx, params) = {}, state
+    own = {}
     if ahead:  # the first layer's wait for dx: the head's own peak is before it
-        dx, last = jax.lax.optimization_barrier((dx, jnp.int32(count)))
+        dx, last = jax.lax.optimization_barrier((dx, jnp.int32(count * B)))
         own = fetch(last)
     return jax.lax.fori_loop(0, count, step, ((dx, params), own))[0]
 
@@ -215,21 +217,21 @@ def _only(names: Collection[str], arrays: dict[str, Any]) -> dict[str, Any]:
     return {name: a for name, a in arrays.items() if name in names}
 
 
-def _after(x, index, stacks):
-    """Return x, which waits for what copies of `stacks` at `index` take besides."""
+def _after(x, row, stacks):
+    """Return x, which waits for what copies from or to `row` of the stacks need."""
     if not stacks:
         return x
     zero = jnp.int32(0)  # the index of their other dimensions
-    return jax.lax.optimization_barrier((x, index, zero, stacks))[0]
+    return jax.lax.optimization_barrier((x, row, zero, stacks))[0]
 
 
-def _put(stack, a, slot):
-    at = (slot * len(a), *[0] * (a.ndim - 1))
+def _put(stack, a, row):
+    at = (row, *[0] * (a.ndim - 1))
     return jax.lax.dynamic_update_slice(stack, a, at, allow_negative_indices=False)
 
 
-def _get(stack, slot, rows):
-    at, sizes = (slot * rows, *[0] * (stack.ndim - 1)), (rows, *stack.shape[1:])
+def _get(stack, row, rows):
+    at, sizes = (row, *[0] * (stack.ndim - 1)), (rows, *stack.shape[1:])
     return jax.lax.dynamic_slice(stack, at, sizes, allow_negative_indices=False)
 
 
