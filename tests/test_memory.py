@@ -198,20 +198,26 @@ def test_prefetched_inputs_come_back_beside_the_computation():
         )
         for prefetch in (False, True)
     )  # fmt: skip
-    print(waited, ahead)
     assert waited["copied"] == ahead["copied"] == 2
+    for step, loads in ((waited, 1), (ahead, 2)):  # one of them is before its loop
+        assert len(step["covered"]["store"]) == 1 and step["covered"]["store"][0] > 3
+        assert len(step["covered"]["load"]) == loads
+    assert ahead["covered"]["load"][-1] > 10
     assert 1.2 < ahead["gib"] - waited["gib"] < 2.1
 
 
 def test_all_that_goes_to_the_host_does_so_beside_the_computation():
-    # A layer has 7 products forward (q, k, v, attention, out, gate and up, down) and 13
-    # back. The logsumexp, 32 numbers a token, is taken from its kernel's results last.
+    # A layer has 7 products forward: q, k, v, attention, out, gate and up, down. The
+    # residual stream is stored beside two of them, the logsumexp, 128 bytes a token,
+    # after all. Each comes back beside what follows of 13, but the first layer's.
     result = compiled(
         "llama3_8b", 65536, IN_BACKWARD, prefetch=True, mlp_chunk_size=0,
         plan="* offload=input+qkv+attention+mlp_input save=gate_up",
     )  # fmt: skip
-    print(result)
     assert result["copied"] == 14
+    assert len(result["covered"]["store"]) == 7 and result["covered"]["store"][1] > 1
+    assert result["covered"]["load"][:7] == 7 * [0]
+    assert min(result["covered"]["load"][7:]) > 10 and result["gib"] < 140
 
 
 def test_memory_falls_with_the_head_groups():
