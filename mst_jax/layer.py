@@ -74,6 +74,9 @@ def layer_forward(
     out, lse, qkv = _attend(p, x, ctx, keep_qkv="qkv" in keep)
     kept |= qkv
     if "attention" in keep:
+        # What is kept is what is used: the reshape that cuDNN's out takes to be kept
+        # would be put off, and with it its way to the host.
+        out, lse = jax.lax.optimization_barrier((out, lse))
         kept |= {"out": out, "lse": lse}
     y, after = _after(p, x, out, ctx, keep)
     return y, kept | after
@@ -99,10 +102,10 @@ def layer_backward(
     if loop_chunks(x.shape[1], ctx.chunk_size)[0] == x.shape[1]:
         # Without a loop XLA's scheduler puts off the MLP's weight gradients, and
         # [T, F] arrays wait for them through attention: 2 GiB at 65,536 tokens of 8B.
-        # Or it computes q, k and v again in front of the MLP.
-        later = d_mlp, dwo, dh, x
-        d_mlp, dwo, dh, x = jax.lax.optimization_barrier(later)
-        kept["input"] = x
+        d_mlp, dwo, dh = jax.lax.optimization_barrier((d_mlp, dwo, dh))
+        if "q" not in kept:  # nor are they computed again in front of the MLP
+            dh, x = jax.lax.optimization_barrier((dh, x))
+            kept["input"] = x
     dq, dk, dv = _attend_backward(p, kept, dh, ctx)
     d_norm, d_attention, dx = _before_backward(p, x, (dq, dk, dv), dh, ctx)
     gradients = {

@@ -200,7 +200,7 @@ def test_prefetched_inputs_come_back_beside_the_computation():
     )  # fmt: skip
     assert waited["copied"] == ahead["copied"] == 2
     for step, loads in ((waited, 1), (ahead, 2)):  # one of them is before its loop
-        assert len(step["covered"]["store"]) == 1 and step["covered"]["store"][0] > 3
+        assert len(step["covered"]["store"]) == 1 and step["covered"]["store"][0] > 2
         assert len(step["covered"]["load"]) == loads
     assert ahead["covered"]["load"][-1] > 10
     assert 1.2 < ahead["gib"] - waited["gib"] < 2.1
