@@ -1,7 +1,5 @@
 """What a run says at its start: model, data, plan, what computes each op and why."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
@@ -13,10 +11,11 @@ from mst_jax.gradients import (
     attention_implementation,
     layer_chunk_size,
     make_plan,
+    mlp_implementation,
 )
 from mst_jax.metrics import peak_flops
 from mst_jax.mini_sequence import split_length
-from mst_jax.ops import linear_cross_entropy, swiglu
+from mst_jax.ops import linear_cross_entropy
 
 LABEL = 12
 """Columns of a line's name."""
@@ -57,16 +56,12 @@ def _mlp(cfg: Config, model: ModelConfig) -> tuple[str, str]:
     """Of the chunks that run; both names where a shorter last one has another."""
     T, batch = cfg.data.seq_len, local_batch(cfg)
     sizes = loop_chunks(T, layer_chunk_size(cfg, model, batch, T))
-    what = (
-        jnp.dtype(cfg.train.compute_dtype), model.hidden_size, model.intermediate_size
-    )  # fmt: skip
     if asked := cfg.train.asked_implementation:
-        choose = partial(swiglu.choose_implementation, *what)
         for size in filter(None, sizes):
-            name, reason = choose(rows=batch * size)
+            name, reason = mlp_implementation(cfg, model, batch * size)
             if asked == "mosaic_gpu" != name:
                 way_out = "set it to 'auto' or 'xla'"
-                if choose(rows=8)[0] == asked:
+                if mlp_implementation(cfg, model)[0] == asked:
                     way_out = f"set {_chunks_of_8_rows(cfg, sizes[0])}, or {way_out}"
                 raise NotImplementedError(
                     f"TrainConfig.implementation={asked!r} cannot compute the MLP in "
@@ -74,9 +69,9 @@ def _mlp(cfg: Config, model: ModelConfig) -> tuple[str, str]:
                     f"{way_out}"
                 )
         return asked, ASKED
-    name, why = swiglu.choose_implementation(*what, rows=batch * sizes[0])
+    name, why = mlp_implementation(cfg, model, batch * sizes[0])
     if rest := sizes[1]:
-        last, its_why = swiglu.choose_implementation(*what, rows=batch * rest)
+        last, its_why = mlp_implementation(cfg, model, batch * rest)
         if last != name:
             return f"{name}, {last}", f"{why}; the last {rest} tokens: {its_why}"
     return name, why

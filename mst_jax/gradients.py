@@ -15,11 +15,12 @@ import jax.numpy as jnp
 
 from mst_jax.config import Config, ModelConfig
 from mst_jax.layer import Context, layer_forward
-from mst_jax.ops.attention import choose_implementation, find_documents
+from mst_jax.mini_sequence import ROW_MULTIPLE
+from mst_jax.ops import attention, swiglu
+from mst_jax.ops.attention import find_documents
 from mst_jax.ops.linear_cross_entropy import linear_cross_entropy
 from mst_jax.ops.rms_norm import rms_norm
 from mst_jax.ops.rope import rope_tables
-from mst_jax.ops.swiglu import mlp_chunk_size
 from mst_jax.optim import join_frozen, split_frozen
 from mst_jax.plan import Plan, parse_plan
 from mst_jax.stack import WeightsAt, stack_forward
@@ -149,7 +150,7 @@ def layer_chunk_size(cfg: Config, model: ModelConfig, batch: int, length: int) -
     if cfg.train.mlp_chunk_size is not None:
         return cfg.train.mlp_chunk_size or length
     dtype = jnp.dtype(cfg.train.compute_dtype)
-    return min(length, mlp_chunk_size(batch, model.intermediate_size, dtype))
+    return min(length, swiglu.mlp_chunk_size(batch, model.intermediate_size, dtype))
 
 
 def attention_implementation(
@@ -170,7 +171,7 @@ def attention_implementation(
     """
     train = cfg.train
     try:
-        return choose_implementation(
+        return attention.choose_implementation(
             model.head_size, jnp.dtype(train.compute_dtype),
             segmented=cfg.data.packing, sliding_window=model.sliding_window,
             shape=(batch, cfg.data.seq_len, model.num_heads // train.head_groups),
@@ -181,6 +182,25 @@ def attention_implementation(
             f"TrainConfig.attention={train.attention!r}: {error}; set it to 'auto' or "
             "'xla'"
         ) from None
+
+
+def mlp_implementation(
+    cfg: Config,
+    model: ModelConfig,
+    rows: int = ROW_MULTIPLE,
+    capability: tuple[int, int] | None = None,
+) -> tuple[str, str]:
+    """Return what can compute chunks of the MLP, whatever was asked for, and why.
+
+    Args:
+        cfg, model: the run.
+        rows: tokens of a chunk, of all sequences of a device.
+        capability: of the GPU, if it is not this machine's.
+    """
+    return swiglu.choose_implementation(
+        jnp.dtype(cfg.train.compute_dtype), model.hidden_size, model.intermediate_size,
+        rows=rows, capability=capability,
+    )  # fmt: skip
 
 
 @jax.named_scope("embed")

@@ -53,9 +53,10 @@ from mst_jax.gradients import (
     attention_implementation,
     layer_chunk_size,
     make_plan,
+    mlp_implementation,
 )
-from mst_jax.mini_sequence import split_length
-from mst_jax.ops import linear_cross_entropy, swiglu
+from mst_jax.mini_sequence import ROW_MULTIPLE, split_length
+from mst_jax.ops import linear_cross_entropy
 from mst_jax.ops.attention.packed import RATIO
 from mst_jax.optim import is_below
 from mst_jax.plan import LayerGroup, Plan
@@ -337,16 +338,15 @@ class StepMemory:
         return {"gradients": whole + embed}
 
 
-def has_layer_kernels(cfg: Config, model: ModelConfig, gpu: Gpu, rows: int = 8) -> bool:
+def has_layer_kernels(
+    cfg: Config, model: ModelConfig, gpu: Gpu, rows: int = ROW_MULTIPLE
+) -> bool:
     """Return whether Hopper's kernels run the layers' chunks of so many rows.
 
     Raises:
         NotImplementedError: they were asked for by name, and cannot.
     """
-    name, why = swiglu.choose_implementation(
-        jnp.dtype(cfg.train.compute_dtype), model.hidden_size, model.intermediate_size,
-        rows=rows, capability=gpu.capability,
-    )  # fmt: skip
+    name, why = mlp_implementation(cfg, model, rows, gpu.capability)
     asked = cfg.train.asked_implementation
     if asked == "mosaic_gpu" != name:
         raise NotImplementedError(

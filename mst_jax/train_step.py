@@ -28,10 +28,10 @@ from mst_jax.gradients import (
     evaluate,
     forward,
     make_plan,
+    mlp_implementation,
 )
 from mst_jax.layerwise import step_in_backward
 from mst_jax.model import init_params
-from mst_jax.ops import swiglu
 from mst_jax.optim import (
     at,
     clip_factor,
@@ -260,11 +260,8 @@ def compiler_options(
         # for as late, as they can be.
         options |= COMMAND_BUFFERS["off"]
         options["xla_gpu_enable_latency_hiding_scheduler"] = False
-    can, _ = swiglu.choose_implementation(
-        jnp.dtype(cfg.train.compute_dtype), model.hidden_size, model.intermediate_size,
-        rows=8,
-    )  # fmt: skip
-    if (cfg.train.asked_implementation or can) == "mosaic_gpu":
+    mlp = cfg.train.asked_implementation or mlp_implementation(cfg, model)[0]
+    if mlp == "mosaic_gpu":
         # What is left to XLA is cuBLAS's, which then reads weights where they lie in
         # their stacks: not if Triton could have taken it, nor joined for q, k and v.
         # XLA's own MLP is 10% slower so.
