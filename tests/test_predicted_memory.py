@@ -299,6 +299,7 @@ def test_more_than_one_device_is_refused():
 
 # --- compiled ---
 
+AWAY = "* offload=input+qkv+attention+mlp_input save=gate_up"
 # The head's phase is the peak.
 COLUMNS = {
     "model": dataclasses.replace(LLAMA, num_layers=2, vocab_size=4 * 128256),
@@ -318,6 +319,8 @@ COLUMNS = {
         ("h200", config(16384, loss_chunk_size=1024, **COLUMNS)),
         ("a100-40gb", config(8192, loss_chunk_size=512, **COLUMNS)),
         ("h200", config(131072, plan="offload_attention", prefetch=True)),
+        ("h200", config(65536, plan=AWAY, prefetch=True, mlp_chunk_size=65536)),
+        ("h200", config(65536, plan=AWAY, prefetch=True)),
         ("h200", config(131072, plan="offload", attention="xla")),
         ("h200", config(16384, plan="save_attention", attention="mosaic_gpu")),
         (
@@ -357,7 +360,7 @@ COLUMNS = {
     ],
     ids=[
         "head", "save_attention", "whole", "none, whole", "offload", "columns",
-        "columns, xla", "prefetch", "xla",
+        "columns, xla", "prefetch", "away", "away in chunks", "xla",
         "kernel", "kernel in groups", "kernel, packed", "blocks", "packed",
         "packed in groups", "mixture", "T4",
     ],
