@@ -188,8 +188,8 @@ def test_offloaded_inputs_and_head_groups_cost_30_kib_a_token():
 
 
 def test_prefetched_inputs_come_back_beside_the_computation():
-    # The next layer's input is under way while the loops of this one run. It costs
-    # 5.6 KiB a token, on JAX 0.11.2 and 0.12. A store and a load in loops are copies;
+    # The next layer's input is under way while the loops of this one run. It costs 8
+    # KiB a token on JAX 0.11.2, 4.7 on 0.12. A store and a load in loops are copies;
     # the first load, before its loop, is not.
     waited, ahead = (
         compiled(
@@ -203,7 +203,7 @@ def test_prefetched_inputs_come_back_beside_the_computation():
         assert len(step["covered"]["store"]) == 1 and step["covered"]["store"][0] > 2
         assert len(step["covered"]["load"]) == loads
     assert ahead["covered"]["load"][-1] > 10
-    assert 1.2 < ahead["gib"] - waited["gib"] < 2.1
+    assert 1.1 < ahead["gib"] - waited["gib"] < 2.1
 
 
 def test_all_that_goes_to_the_host_does_so_beside_the_computation():
