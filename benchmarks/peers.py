@@ -51,14 +51,16 @@ SAME_LOSS = 1e-2
 OTHER_LOSS = "another first loss"
 
 
-def name_of(entry: str) -> str:
-    """Return an entry without its budgets."""
-    return entry.partition("+")[0].partition("@")[0]
+def read(entry: str) -> tuple[str, float, float]:
+    """Return an entry's name, its GiB of device and of host memory, 0 if not given."""
+    entry, _, host = entry.partition("+")
+    name, _, device = entry.partition("@")
+    return name, float(device or 0), float(host or 0)
 
 
 def is_ours(entry: str) -> bool:
     """Whether an entry runs on this package."""
-    return name_of(entry) in OURS
+    return read(entry)[0] in OURS
 
 
 def is_checkpointed(entry: str) -> bool:
@@ -105,8 +107,8 @@ class Worker:
         if total_GiB:
             fraction = job["budget_GiB"] / total_GiB
             env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{fraction:.4f}"
-        if host := job["entry"].partition("+")[2]:
-            env["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] = str(max(64, int(float(host))))
+        if host := read(job["entry"])[2]:
+            env["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] = str(max(64, int(host)))
         self.errors = tempfile.TemporaryFile("w+")
         path = str(ROOT / "benchmarks" / "peers" / script)
         self.process = subprocess.Popen(
@@ -182,7 +184,8 @@ def run_all(args, name: str, total_GiB: float) -> list[dict]:
                 rows = [{"tokens": n, "error": "not run: time spent"} for n in lengths]
             else:
                 job = {
-                    "entry": entry, "lengths": lengths, "preset": args.preset,
+                    "entry": entry, "read": read(entry),
+                    "lengths": lengths, "preset": args.preset,
                     "hf_config": hf_config(model, dtype="bfloat16"),
                     "initializer_range": model.initializer_range,
                     "optimizer": args.optimizer, "learning_rate": args.learning_rate,
@@ -348,7 +351,7 @@ def main() -> None:
     args.lengths.sort()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the worker too
     known = {*ENTRIES, *OURS}
-    if unknown := {e for e in args.entries if name_of(e) not in known}:
+    if unknown := {e for e in args.entries if read(e)[0] not in known}:
         raise SystemExit(f"no entries {sorted(unknown)}; there are {[*ENTRIES]}")
     name, total_GiB = gpu()
     args.budget = args.budget or 0.95 * total_GiB

@@ -103,7 +103,7 @@ def layer_backward(
         # Without a loop XLA's scheduler puts off the MLP's weight gradients, and
         # [T, F] arrays wait for them through attention: 2 GiB at 65,536 tokens of 8B.
         d_mlp, dwo, dh = jax.lax.optimization_barrier((d_mlp, dwo, dh))
-        if "q" not in kept:  # nor are they computed again in front of the MLP
+        if "q" not in kept:  # nor are q, k and v computed again in front of the MLP
             dh, x = jax.lax.optimization_barrier((dh, x))
             kept["input"] = x
     dq, dk, dv = _attend_backward(p, kept, dh, ctx)

@@ -3,8 +3,8 @@
 Memory is `step_memory.py`'s. Time is the sum of matrix products, attention, kernels
 bound by memory, and the host link; nothing overlaps but the stores to the host, and
 the loads with `prefetch`. The shares of the GPU's peak are those of Llama3-8B's steps
-on an H200: with them the 27 measured ones of 8,192 to 131,072 tokens (docs/benchmarks)
-come out within 3.2%. Other GPUs are assumed to reach the same shares. XLA's flash
+on an H200: with them the 30 measured ones of 8,192 to 131,072 tokens (docs/benchmarks)
+come out within 3.3%. Other GPUs are assumed to reach the same shares. XLA's flash
 attention (`train.attention`, T4, packed documents below Hopper) is taken to be bound by
 the memory traffic of its scores. A packed row counts as one document.
 """

@@ -175,7 +175,7 @@ def _reversed(
     """
     (dx, params), count = state, layers // every
     ahead, B = ahead and bool(offloaded), len(dx)
-    here = {name: a for name, a in residuals.items() if name not in offloaded}
+    here = _only(residuals.keys() - offloaded, residuals)
     away = _only(offloaded, residuals)
 
     @jax.named_scope("residuals")

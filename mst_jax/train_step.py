@@ -248,7 +248,10 @@ def make_train_step(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...
 def compiler_options(
     cfg: Config, model: ModelConfig, command_buffers: str = "default"
 ) -> dict[str, str | bool]:
-    """Return XLA's options for a step, or for an evaluation."""
+    """Return XLA's options for a step, or for an evaluation, which takes the default.
+
+    `command_buffers`: a key of `COMMAND_BUFFERS`.
+    """
     # XLA's own rematerialization counts arrays in host memory as the device's, and then
     # computes matrix products twice. Its asynchronous copies within the device share
     # streams with those to and from the host, and then wait for them.

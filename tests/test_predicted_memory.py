@@ -253,6 +253,26 @@ def test_speed_is_that_of_measured_steps(attention, case):
     assert predicted == pytest.approx(MEASURED[attention][case], rel=0.05)
 
 
+# (tokens, plan) of whole sequences that offload, a layer ahead -> tokens a second, GiB.
+# Measured on an H200: docs/benchmarks/peers-2026-11-27-*-host.md.
+AHEAD = "offload=input+qkv+attention+mlp_input"
+OFFLOADED = {
+    (8192, f"30 {AHEAD}; 2 {BUT_GATE_UP}+gate_up"): (9902, 20.50),
+    (65536, f"3 offload=input+attention; 29 {AHEAD} save=gate_up"): (5452, 128.51),
+}
+
+
+@needs_pallas
+@pytest.mark.parametrize("case", OFFLOADED)
+def test_speed_and_peaks_of_measured_steps_that_offload(case):
+    tokens, plan = case
+    cfg = config(tokens, plan=plan, prefetch=True, mlp_chunk_size=tokens)
+    speed, peak = OFFLOADED[case]
+    p = predict(cfg, LLAMA, H200)
+    assert p.tokens_per_second == pytest.approx(speed, rel=0.05)
+    assert p.peak_device / GIB == pytest.approx(peak, rel=0.01)
+
+
 # (tokens, plan, chunks of the layers and of the head), of steps in docs/benchmarks, ->
 # GiB, compiled for an H200 on JAX 0.11.2.
 COMPILED = {
@@ -299,7 +319,7 @@ def test_more_than_one_device_is_refused():
 
 # --- compiled ---
 
-AWAY = "* offload=input+qkv+attention+mlp_input save=gate_up"
+AWAY = f"* {AHEAD} save=gate_up"
 # The head's phase is the peak.
 COLUMNS = {
     "model": dataclasses.replace(LLAMA, num_layers=2, vocab_size=4 * 128256),

@@ -34,13 +34,8 @@ PLANS = {
 
 
 def make_config(job: dict[str, Any]) -> Config:
-    """Return the run: a plan of `PLANS`, or `ours` by the planner.
-
-    `ours@21` is for 21 GiB of the device, `ours@21+80` and `ours+80` with 80 GiB of
-    host memory besides.
-    """
-    entry, _, host = job["entry"].partition("+")
-    name, _, budget = entry.partition("@")
+    """Return the run: a plan of `PLANS`, or `ours` by the planner, in its budgets."""
+    name, device, host = job["read"]
     tokens, model = job["lengths"][0], PRESETS[job["preset"]]
     options: dict[str, Any] = {"plan": PLANS[name]} if name in PLANS else {}
     adamw = job["optimizer"] == "adamw"
@@ -58,13 +53,9 @@ def make_config(job: dict[str, Any]) -> Config:
     )  # fmt: skip
     if name in PLANS:
         return cfg
-    if budget:
-        device_bytes = int(float(budget) * GIB)
-    else:
-        device_bytes = default_budget(memory.present_gpu())
     gpu = memory.present_gpu()
-    host_bytes = int(float(host or 0) * GIB)
-    return memory.fastest_plan(cfg, model, gpu, device_bytes, host_bytes)[0]
+    device_bytes = int(device * GIB) or default_budget(gpu)
+    return memory.fastest_plan(cfg, model, gpu, device_bytes, int(host * GIB))[0]
 
 
 def measure(cfg: Config, job: dict[str, Any]) -> dict[str, Any]:
