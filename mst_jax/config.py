@@ -114,7 +114,8 @@ class OptimConfig:
     """Of the optimizer's moments: bfloat16 is rounded stochastically, int8 is quantised
     in blocks of 256."""
     state_on_host: bool = False
-    """Keep the layers' optimizer state in pinned host memory."""
+    """Keep the optimizer state of the layers' matrices in pinned host memory. Each
+    layer's comes and goes beside the backward pass if in_backward, else behind it."""
 
     def __post_init__(self):
         check_types(self)

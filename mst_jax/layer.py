@@ -84,9 +84,19 @@ def layer_forward(
 
 @jax.named_scope("backward")
 def layer_backward(
-    p: Weights, kept: Residuals, dy: jax.Array, ctx: Context
+    p: Weights,
+    kept: Residuals,
+    dy: jax.Array,
+    ctx: Context,
+    between: Callable[[jax.Array], jax.Array] = lambda dh: dh,
 ) -> tuple[Weights, dict[str, Any], jax.Array]:
     """Differentiate a layer from what was kept.
+
+    Args:
+        p, kept, ctx: see `layer_forward`.
+        dy: gradient of its result, overwritten.
+        between: called with the gradient of the MLP's residual stream before
+            attention's part begins, which takes what it returns.
 
     Returns:
         (f32 gradients of p, the sums of the squares of those for which kernels have
@@ -106,6 +116,7 @@ def layer_backward(
         if "q" not in kept:  # nor are q, k and v computed again in front of the MLP
             dh, x = jax.lax.optimization_barrier((dh, x))
             kept["input"] = x
+    dh = between(dh)
     dq, dk, dv = _attend_backward(p, kept, dh, ctx)
     d_norm, d_attention, dx = _before_backward(p, x, (dq, dk, dv), dh, ctx)
     gradients = {

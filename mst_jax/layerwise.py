@@ -17,6 +17,7 @@ import optax
 
 from mst_jax.config import Config, ModelConfig
 from mst_jax.gradients import Batch, compute_layer, embedding_gradient, forward
+from mst_jax.layer_state import enter, exchange, leave
 from mst_jax.optim import (
     at,
     clip_factor,
@@ -28,7 +29,7 @@ from mst_jax.optim import (
     update_layer,
     update_one,
 )
-from mst_jax.stack import stack_backward
+from mst_jax.stack import Beside, nothing_beside, stack_backward
 
 
 def step_in_backward(
@@ -71,14 +72,20 @@ def step_in_backward(
             stacks = update_layer(optimizer, stacks, i, gradients, key=key, **options)
         return stacks, squares + squared_norm(gradients, known)
 
+    def beside(carry, i, dx, half):
+        stacks, squares = carry
+        stacks, dx = exchange(stacks, i, dx, half=half)
+        return (stacks, squares), dx
+
     for name, gradients in one.heads.items():
         update_rest(name, gradients)
-    stacks = one.stack, opt.get("layers", {})
+    stacks = enter(one.stack, opt.get("layers", {}))
     dx, (stacks, squares) = one.layers(
-        (stacks, squared_norm(one.heads)), lambda carry: carry[0][0], consume
-    )
+        (stacks, squared_norm(one.heads)),
+        lambda carry: carry[0].params, consume, beside,
+    )  # fmt: skip
     if one.stack:
-        trained["layers"], opt["layers"] = stacks
+        trained["layers"], opt["layers"] = leave(stacks)
     for name, gradients in one.embedding(dx).items():
         squares += squared_norm(gradients)
         update_rest(name, gradients)
@@ -110,6 +117,7 @@ class _Backward:
         carry: Any,
         stack_of: Callable[[Any], Any],
         consume: Callable[[Any, Any, Any, Any], Any],
+        beside: Beside = nothing_beside,
     ) -> tuple[jax.Array, Any]:
         """Differentiate all layers, the last one first.
 
@@ -118,6 +126,7 @@ class _Backward:
             stack_of: carry -> trained parameters of all layers.
             consume: (carry, i, f32 gradients of what layer i trains, the sums of
                 squares of some of them) -> carry.
+            beside: see `stack_backward`.
 
         Returns:
             (gradient of the first layer's input, carry).
@@ -133,7 +142,7 @@ class _Backward:
         return stack_backward(
             run.plan, run.kept, run.dy, run.ctx, carry,
             weights_at=lambda carry, i: self._weights_at(stack_of(carry), i),
-            consume=of_trained,
+            consume=of_trained, beside=beside,
         )  # fmt: skip
 
     def embedding(self, dx: jax.Array) -> dict[str, Any]:

@@ -21,6 +21,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from mst_jax.config import OptimConfig
+from mst_jax.layer_state import (
+    LayerStacks,
+    enter,
+    exchange,
+    join,
+    leave,
+    nothing,
+    split,
+)
 from mst_jax.low_precision import low_precision_state, stochastic_round
 
 
@@ -126,35 +135,38 @@ def update(
                 key=unit_key(key, name), **options,
             )  # fmt: skip
     if "layers" in params:
+        num_layers = len(jax.tree.leaves(params["layers"])[0])
 
-        def one_layer(i, carry):
+        def one_layer(t, stacks):
+            i, own = num_layers - 1 - t, scale
+            for half in (0, 1):
+                stacks, own = exchange(stacks, i, own, half=half)
             return update_layer(
-                optimizer, carry, i, at(gradients["layers"], i),
-                key=key, **options,
+                optimizer, stacks, i, at(gradients["layers"], i),
+                key=key, scale=own, clip_norm=clip_norm,
             )  # fmt: skip
 
-        carry = params["layers"], state["layers"]
-        num_layers = jax.tree.leaves(carry[0])[0].shape[0]
-        carry = jax.lax.fori_loop(0, num_layers, one_layer, carry)
-        params["layers"], state["layers"] = carry
+        stacks = enter(params["layers"], state["layers"])
+        stacks = jax.lax.fori_loop(0, num_layers, one_layer, stacks)
+        params["layers"], state["layers"] = leave(stacks)
     return params, state
 
 
 @jax.named_scope("optimizer")
 def update_layer(
     optimizer: optax.GradientTransformation,
-    stacks: tuple[Any, Any],
+    stacks: LayerStacks,
     i: Any,
     gradients: Any,
     *,
     key: jax.Array,
     **options: Any,
-) -> tuple[Any, Any]:
-    """Return the stacked (params, state) with layer i updated in place.
+) -> LayerStacks:
+    """Return the stacks with layer i updated in place, or going.
 
     Args:
         optimizer: from `make_optimizer`.
-        stacks: parameters and state of all layers, the state also in host memory.
+        stacks: parameters and state of all layers; what lies in host memory has come.
         i: the layer.
         gradients: of this layer.
         key: of the step.
@@ -163,18 +175,15 @@ def update_layer(
     own_key = unit_key(key, i)
 
     def one(entry, gradients):
-        params, stored = entry
-        old = jax.tree.map(lambda a: jax.device_put(a, jax.memory.Space.Device), stored)
-        params, new = update_one(
-            optimizer, params, gradients, old, key=own_key, **options
-        )
-        new = jax.tree.map(
-            lambda a, like: jax.device_put(a, jax.typeof(like).memory_space),
-            new, stored,
-        )  # fmt: skip
-        return params, new
+        params, here, coming = entry
+        state = join(here, coming)
+        return update_one(optimizer, params, gradients, state, key=own_key, **options)
 
-    return rewrite(one, stacks, i, gradients)
+    entries = *_entries((stacks.params, stacks.here), i), stacks.coming
+    params, state = jax.vmap(one)(entries, jax.tree.map(lambda a: a[None], gradients))
+    here, going = split(state, stacks.is_away)
+    params, here = _put((stacks.params, stacks.here), i, (params, here))
+    return LayerStacks(params, here, stacks.away, going, nothing(stacks.away))
 
 
 @jax.named_scope("optimizer")
@@ -258,14 +267,19 @@ def rewrite(fn: Callable[[Any, Any], Any], stacks: Any, i: Any, new: Any) -> Any
     operations lies between. A reshape of [1, D, F] to [D, F] is none.
     """
 
-    def one(a):
-        return jax.lax.dynamic_slice_in_dim(a, i, 1)
-
-    def put(a, b):
-        return jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), i, 0)
-
     new = jax.tree.map(lambda a: a[None], new)
-    return jax.tree.map(put, stacks, jax.vmap(fn)(jax.tree.map(one, stacks), new))
+    return _put(stacks, i, jax.vmap(fn)(_entries(stacks, i), new))
+
+
+def _entries(stacks: Any, i: Any) -> Any:
+    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i, 1), stacks)
+
+
+def _put(stacks: Any, i: Any, entries: Any) -> Any:
+    return jax.tree.map(
+        lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), i, 0),
+        stacks, entries,
+    )  # fmt: skip
 
 
 def check_frozen(params: Any, freeze: tuple[str, ...]) -> None:

@@ -27,6 +27,8 @@ cuDNN 565 TFLOP/s forward and 507 back, the kernels 587 and 533; at 8,192 cuDNN 
 SMALL_HEADS = 0.8
 """Of that share with heads of 64: alone, on an H200, 0.79 in cuDNN, 0.84 back in the
 kernels."""
+BOTH_WAYS = 0.8
+"""Of the host link's rate, each way at once and beside the backward pass."""
 BANDWIDTH = 0.9
 """Share of the memory's bandwidth: 4.3 TB/s of 4.8."""
 
@@ -149,7 +151,7 @@ class _Time:
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of a step by what they go to."""
-        s, link = self.step, self.gpu.link
+        s = self.step
         groups = s.plan.groups
         matmul = self._matmul()
         attention = self._attention()
@@ -168,7 +170,7 @@ class _Time:
         # Weights and state are read and written, f32 gradients too.
         updated = 2 * params + 2 * (state + on_host) + 8 * params / s.w
         parts["memory bandwidth"] += self._memory(updated)
-        parts["host link"] += 2 * on_host / link
+        parts["host link"] += self._state_link(3 / 4 * (matmul + attention))
         return parts
 
     def _host_link(self, compute: float) -> float:
@@ -182,6 +184,17 @@ class _Time:
             first = sum(s.kept_bytes(g.offload) for g in s.plan.groups) / link
             loads = max(self.passes * first, loads - 3 / 4 * compute)
         return stores + loads
+
+    def _state_link(self, backward: float) -> float:
+        """Seconds that the optimizer state's way here and back is waited for."""
+        s, link = self.step, self.gpu.link
+        waited = moved = s.state[2] / link
+        if self.cfg.optim.in_backward:
+            loads = s.host_residuals / link if s.plan.prefetch else 0.0
+            hidden = max(0.0, backward / self.passes - loads)
+            waited = max(0.0, moved / BOTH_WAYS - hidden)
+        # One layer's comes before all others and one goes behind them.
+        return waited + 2 * moved / s.L
 
     def _memory(self, size: float) -> float:
         return size / (BANDWIDTH * self.gpu.bandwidth)

@@ -10,11 +10,8 @@ Layers are indexed by the loops' own counters: from an index that is linear in t
 knows where a slice lies. Kernels then read weights in their stack, and slices in host
 memory are copied by DMA; from any other index they are copied, and by a kernel.
 
-Without its latency-hiding scheduler (`train_step.py`) XLA begins a copy to or from the
-host when its operands are there, and waits for it in front of its first user. But it
-puts off whatever only a copy needs. So a copy's index and stack are tied to the layer's
-input by a barrier, its array is no reshape, and what it fetches goes straight to the
-next turn of the loop.
+Copies to and from the host run beside the computation (`host_memory.py`): what is
+fetched goes straight to the next turn of the loop.
 """
 
 from collections.abc import Callable, Collection
@@ -24,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mst_jax.host_memory import after, get_rows, put_rows, to_device, to_host
 from mst_jax.layer import Context, layer_backward, layer_forward
 from mst_jax.plan import LayerGroup, Plan
 
@@ -36,6 +34,12 @@ _ARRAYS = {
 }
 
 WeightsAt = Callable[[Any], Any]
+Beside = Callable[[Any, Any, jax.Array, int], tuple[Any, jax.Array]]
+
+
+def nothing_beside(carry: Any, i: Any, x: jax.Array, half: int) -> tuple[Any, Any]:
+    """Begin nothing: see `stack_backward`."""
+    return carry, x
 
 
 def stack_forward(
@@ -95,17 +99,17 @@ def _stacked(run, x, count, offloaded, ahead):
 
     def empty(name, a):
         if name in offloaded:
-            return _to_host(jax.lax.empty(((ahead + count) * B, *a.shape[1:]), a.dtype))
+            return to_host(jax.lax.empty(((ahead + count) * B, *a.shape[1:]), a.dtype))
         return jax.lax.empty((count, *a.shape), a.dtype)
 
     def step(i, carry):
         x, stacks = carry
         row = (1 + i if ahead else count - 1 - i) * B
-        x = _after(x, row, _only(offloaded, stacks))
+        x = after(x, row, _only(offloaded, stacks))
         x, kept = run(i, x)
         for name, a in kept.items():
             if name in offloaded:
-                stacks[name] = _put(stacks[name], _to_host(a), row)
+                stacks[name] = put_rows(stacks[name], to_host(a), row)
             else:
                 stack = jax.lax.dynamic_update_index_in_dim(stacks[name], a, i, 0)
                 stacks[name] = stack
@@ -125,6 +129,7 @@ def stack_backward(
     *,
     weights_at: Callable[[Any, Any], Any],
     consume: Callable[[Any, Any, Any, Any], Any],
+    beside: Beside = nothing_beside,
 ) -> tuple[jax.Array, Any]:
     """Differentiate all layers, the last one first.
 
@@ -137,6 +142,8 @@ def stack_backward(
         weights_at: (carry, i) -> the weights of layer i.
         consume: (carry, i, f32 gradients of layer i, the sums of squares that
             `layer_backward` has) -> carry.
+        beside: (carry, i, dx, half) -> (carry, dx), called in front of layer i's MLP
+            (half 0) and its attention (1): begins what shall run beside them.
 
     Returns:
         (gradient of x, carry).
@@ -144,7 +151,15 @@ def stack_backward(
 
     def one_layer(state, i, residuals):
         dx, carry = state
-        *found, dx = layer_backward(weights_at(carry, i), residuals, dx, ctx)
+
+        def between(dh):
+            nonlocal carry
+            carry, dh = beside(carry, i, dh, 1)
+            return dh
+
+        carry, dx = beside(carry, i, dx, 0)
+        weights = weights_at(carry, i)
+        *found, dx = layer_backward(weights, residuals, dx, ctx, between)
         return dx, consume(carry, i, *found)
 
     def one_block(group, state, first, residuals):
@@ -180,7 +195,9 @@ def _reversed(
 
     @jax.named_scope("residuals")
     def fetch(row):
-        return {name: _to_device(_get(stack, row, B)) for name, stack in away.items()}
+        return {
+            name: to_device(get_rows(stack, row, B)) for name, stack in away.items()
+        }
 
     @jax.named_scope("residuals")
     def read(i):
@@ -193,7 +210,7 @@ def _reversed(
         (dx, params), own = carry
         i = count - 1 - t
         row = (i if ahead else t) * B  # ahead, that of layer i - 1
-        dx = _after(dx, row, away)
+        dx = after(dx, row, away)
         fetched = fetch(row)
         own = read(i) | (own if ahead else fetched)
         dx, params = body((dx, params), start + i * every, own)
@@ -215,29 +232,3 @@ def _arrays(names: Collection[str]) -> frozenset[str]:
 
 def _only(names: Collection[str], arrays: dict[str, Any]) -> dict[str, Any]:
     return {name: a for name, a in arrays.items() if name in names}
-
-
-def _after(x, row, stacks):
-    """Return x, which waits for what copies from or to `row` of the stacks need."""
-    if not stacks:
-        return x
-    zero = jnp.int32(0)  # the index of their other dimensions
-    return jax.lax.optimization_barrier((x, row, zero, stacks))[0]
-
-
-def _put(stack, a, row):
-    at = (row, *[0] * (a.ndim - 1))
-    return jax.lax.dynamic_update_slice(stack, a, at, allow_negative_indices=False)
-
-
-def _get(stack, row, rows):
-    at, sizes = (row, *[0] * (stack.ndim - 1)), (rows, *stack.shape[1:])
-    return jax.lax.dynamic_slice(stack, at, sizes, allow_negative_indices=False)
-
-
-def _to_host(a: jax.Array) -> jax.Array:
-    return jax.device_put(a, jax.memory.Space.Host)
-
-
-def _to_device(a: jax.Array) -> jax.Array:
-    return jax.device_put(a, jax.memory.Space.Device)

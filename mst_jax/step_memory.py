@@ -118,11 +118,17 @@ class StepMemory:
         for name, (count, shape) in parameters(self.model).items():
             params += count * self.w * prod(shape)
             moments = 0 if self._frozen(name) else count * _moments(shape, self.cfg)
-            if self.cfg.optim.state_on_host and name.startswith("layers/"):
+            if name.startswith("layers/") and self._moves(shape):
                 host += moments
             else:
                 device += moments
         return params, device, host
+
+    def _moves(self, shape: tuple[int, ...]) -> bool:
+        """Whether a layer's parameter of this shape has its moments on the host."""
+        optim = self.cfg.optim
+        whole = optim.name != "adafactor" or not _is_factored(shape)
+        return optim.state_on_host and len(shape) > 1 and whole
 
     def _frozen(self, name: str) -> bool:
         return any(is_below(name, path) for path in self.cfg.optim.freeze)
@@ -249,17 +255,23 @@ class StepMemory:
 
     def _layer(self) -> int:
         """Weights of a layer, f32 gradients of wo, and narrow moments."""
-        moments = 0
         optim = self.cfg.optim
-        if optim.in_backward and (
-            optim.moment_dtype != "float32" or optim.state_on_host
-        ):
-            moments = sum(
-                _moments(shape, self.cfg)
-                for name, (_, shape) in parameters(self.model).items()
-                if name.startswith("layers/") and not self._frozen(name)
-            )
+        moments = 0
+        if optim.in_backward and not optim.state_on_host:
+            moments = self._layer_moments if optim.moment_dtype != "float32" else 0
         return self.wide * self.W + 8 * self.NH * self.D + moments
+
+    @property
+    def _layer_moments(self) -> int:
+        return sum(
+            _moments(shape, self.cfg)
+            for name, (_, shape) in parameters(self.model).items()
+            if name.startswith("layers/") and not self._frozen(name)
+        )
+
+    def _moving(self, halves: int) -> int:
+        """Halves of a layer's moments that are on their way: see `layer_state`."""
+        return halves * self.state[2] // (2 * self.L)
 
     @property
     def _sequences(self) -> int:
@@ -297,6 +309,7 @@ class StepMemory:
         # A single chunk has no sums to add to.
         sums = 0 if single else 12 * self.D * self.F
         size = self._sequences + self.n * token + chunk + sums + self.layer
+        size += self._moving(3) if self.cfg.optim.in_backward else 0
         return {"layer working set": size}
 
     def _attention_backward(self, group: LayerGroup) -> dict[str, dict[str, int]]:
@@ -318,6 +331,7 @@ class StepMemory:
             out = a * self.NH if groups == 1 else 0  # not needed beside its gradient
             forms = {"attention": (given + sums - out, 0)}
         layer = 12 * self.D * self.F + self.layer + self._sequences
+        layer += self._moving(4) if self.cfg.optim.in_backward else 0
         found = {}
         for name, (token, workspace) in forms.items():
             if groups > 1:
@@ -331,11 +345,12 @@ class StepMemory:
         return found
 
     def _update(self) -> dict[str, int]:
-        """The embedding's update, after all layers."""
+        """After all layers: the embedding's update, or theirs."""
         whole = 0 if self.cfg.optim.in_backward else self.layer_gradients
         copies = 3 if self.cfg.optim.moment_dtype == "int8" else 1
         embed = 4 * self.trained["embed"] * copies + self.n * self.a * self.D
-        return {"gradients": whole + embed}
+        moving = 0 if self.cfg.optim.in_backward else self._moving(4)
+        return {"gradients": whole + max(embed, moving)}
 
 
 def has_layer_kernels(
@@ -393,12 +408,16 @@ def parameters(model: ModelConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
     }
 
 
+def _is_factored(shape: tuple[int, ...]) -> bool:
+    """Whether Adafactor holds rows' and columns' moments of such a parameter."""
+    return len(shape) > 1 and sorted(shape)[-2] >= 128
+
+
 def _moments(shape: tuple[int, ...], cfg: Config) -> int:
     """Bytes of optimizer state of one parameter."""
     size, optim = prod(shape), cfg.optim
     if optim.name == "adafactor":
-        factored = len(shape) > 1 and sorted(shape)[-2] >= 128
-        return 4 * (sum(shape) + 1 if factored else size + 2)
+        return 4 * (sum(shape) + 1 if _is_factored(shape) else size + 2)
     count = MOMENTS[optim.name]
     if optim.moment_dtype == "float32" or len(shape) < 2 or size < 4096:
         return 4 * size * count

@@ -97,8 +97,8 @@ def state_shardings(state: Any, mesh: Mesh, *, on_host: bool = False) -> Any:
     """Return the sharding of every leaf of a state (abstract ones too).
 
     Optimizer state of a parameter's shape lies as the parameter does; counters and
-    factored moments are replicated. With `on_host` the layers' optimizer state lies in
-    pinned host memory.
+    factored moments are replicated. With `on_host` the optimizer state of the layers'
+    matrices lies in pinned host memory.
     """
     specs = param_specs(state["params"])
     by_path = {
@@ -123,11 +123,16 @@ def state_shardings(state: Any, mesh: Mesh, *, on_host: bool = False) -> Any:
     shardings = named(mesh, {"params": specs, "opt": opt, "step": P()})
     if on_host and "layers" in state["opt"]:
         shardings["opt"]["layers"] = jax.tree.map(
-            lambda s, leaf: s.with_memory_kind("pinned_host") if leaf.ndim > 1 else s,
+            lambda s, a: s.with_memory_kind("pinned_host") if goes_to_host(a) else s,
             shardings["opt"]["layers"],
             state["opt"]["layers"],
         )
     return shardings
+
+
+def goes_to_host(leaf: Any) -> bool:
+    """Whether a leaf of the layers' optimizer state does: matrices, [L, ...]."""
+    return leaf.ndim > 2
 
 
 def make_gradients(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[..., Any]:
@@ -216,6 +221,15 @@ def make_train_step(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...
     Metrics are f32 scalars: `loss` (mean over valid tokens, nats), `tokens` (valid
     ones), `grad_norm` (before clipping), `learning_rate`.
     """
+    options = compiler_options(cfg, model, cfg.train.command_buffers)
+    step = pure_train_step(cfg, model, mesh)
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
+
+
+def pure_train_step(
+    cfg: Config, model: ModelConfig, mesh: Mesh
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """Return `make_train_step`'s function, not jitted."""
     optimizer = make_optimizer(cfg.optim, cfg.train.steps)
     schedule = make_schedule(cfg.optim, cfg.train.steps)
     if cfg.optim.in_backward:
@@ -241,8 +255,7 @@ def make_train_step(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...
             state = jax.lax.with_sharding_constraint(state, shardings)
         return state, metrics
 
-    options = compiler_options(cfg, model, cfg.train.command_buffers)
-    return jax.jit(step, donate_argnums=0, compiler_options=options)
+    return step
 
 
 def compiler_options(
@@ -257,7 +270,7 @@ def compiler_options(
     # streams with those to and from the host, and then wait for them.
     passes = ["rematerialization", "dynamic-slice-copy-fusion-async-wrapper"]
     options: dict[str, str | bool] = {}
-    if make_plan(cfg, model).offloads:
+    if cfg.optim.state_on_host or make_plan(cfg, model).offloads:
         # In a CUDA graph copies take their turn with kernels. Nor does XLA's scheduler
         # know how long either takes; without it copies begin as early, and are waited
         # for as late, as they can be.

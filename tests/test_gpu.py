@@ -31,11 +31,7 @@ from mst_jax.ops.linear_cross_entropy import linear_cross_entropy
 from mst_jax.ops.matmul import device_obstacle, obstacle
 from mst_jax.ops.swiglu import swiglu
 from mst_jax.sharding import make_mesh
-from mst_jax.train_step import (
-    init_train_state,
-    make_gradients,
-    make_train_step,
-)
+from mst_jax.train_step import init_train_state, make_gradients, make_train_step
 
 pytestmark = pytest.mark.gpu
 
@@ -421,17 +417,21 @@ def test_more_than_2_to_the_31_elements():
     assert abs(float(total) / float(last_total) - 1) < 1e-3
 
 
-def test_what_goes_to_the_host_costs_no_time():
-    # 36 KiB a token and layer, both ways; waited for, a third of the step.
-    model = dataclasses.replace(two_layers(), num_layers=6)
-    batch = {k: v[None] for k, v in make_batch(STEP_LENGTH).items()}
-    options = {"name": "sgd", "param_dtype": "bfloat16", "clip_norm": None}
+@pytest.mark.parametrize("what", ["residuals", "state"])
+def test_what_goes_to_the_host_costs_little(what):
+    # Residuals of 36 KiB a token, moments of 0.8 GB: waited for, a third of the step.
+    model, T = dataclasses.replace(two_layers(), num_layers=6), STEP_LENGTH
+    batch = {k: v[None] for k, v in make_batch(T).items()}
+    options = {"name": "adamw", "param_dtype": "bfloat16", "moment_dtype": "bfloat16"}
+    lean = "* offload=input+qkv+attention+mlp_input save=gate_up"
 
-    def run(plan):
-        train = TrainConfig(plan=plan, prefetch=True, mlp_chunk_size=0)
+    def run(away):
+        plan = lean if away and what == "residuals" else "none"
+        options["state_on_host"] = away and what == "state"
         cfg = Config(
-            model=model, data=DataConfig(seq_len=STEP_LENGTH, batch_size=1),
-            optim=OptimConfig(in_backward=True, **options), train=train,
+            model=model, data=DataConfig(seq_len=T, batch_size=1),
+            optim=OptimConfig(in_backward=True, clip="layer", **options),
+            train=TrainConfig(plan=plan, prefetch=True, mlp_chunk_size=0),
         )  # fmt: skip
         mesh = make_mesh(cfg.mesh)
         state = jax.jit(lambda: init_train_state(cfg, init_params(model, 0), mesh))()
@@ -443,9 +443,8 @@ def test_what_goes_to_the_host_costs_no_time():
             seconds.append(time.perf_counter() - began)
         return norms[0], min(seconds)
 
-    norm, saved = run("none")
-    norm_away, away = run("* offload=input+qkv+attention+mlp_input save=gate_up")
-    assert norm_away == pytest.approx(norm, rel=1e-3) and away < 1.1 * saved
+    (norm, saved), (norm_away, away) = run(False), run(True)
+    assert norm_away == pytest.approx(norm, rel=1e-3) and away < 1.15 * saved
 
 
 def test_optimizer_state_on_the_host_changes_nothing():

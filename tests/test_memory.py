@@ -24,7 +24,7 @@ def compiled(preset, tokens, optim=None, **train):
         Config(
             model=PRESETS[preset],
             data=DataConfig(seq_len=tokens, batch_size=1, tokenizer="x", packing=False),
-            optim=OptimConfig(**options, **(optim or {})),
+            optim=OptimConfig(**options | (optim or {})),
             train=TrainConfig(**train),
         )
     )
@@ -219,6 +219,22 @@ def test_all_that_goes_to_the_host_does_so_beside_the_computation():
     assert len(result["covered"]["store"]) == 7 and result["covered"]["store"][1] > 1
     assert result["covered"]["load"][:7] == 7 * [0]
     assert min(result["covered"]["load"][7:]) > 10 and result["gib"] < 140
+
+
+@pytest.mark.parametrize("plan", ["none", "* offload=input save=attention"])
+def test_optimizer_state_comes_and_goes_beside_the_backward_pass(plan):
+    # Two moments of seven matrices a layer, half of them beside each half of its
+    # backward pass, of 13 products or more. The last layer's come before the loop.
+    adamw = {
+        "name": "adamw", "in_backward": True, "clip": "layer", "state_on_host": True,
+    }  # fmt: skip
+    result = compiled("llama3_8b", 32768, adamw, plan=plan, mlp_chunk_size=0)
+    loads = [products for products in result["covered"]["load"] if products]
+    stores = [products for products in result["covered"]["store"] if products]
+    assert min(stores) > 4 and len(stores) >= 14
+    assert min(loads) > 4 and len(loads) == 14
+    moments = 2 * 4 * 32 * 218112000 / GIB
+    assert result["host_gib"] >= moments and result["gib"] < 140
 
 
 def test_memory_falls_with_the_head_groups():
