@@ -48,7 +48,7 @@ def run(cfg):
 
 
 def covered(hlo):
-    """Return, of each copy to and from host memory, the products that run meanwhile.
+    """Return, of each copy to or from the host in a loop, the products beside it.
 
     They are calls of cuBLAS and of kernels; a loop counts as those in it. Memory space
     5 is the host's; the program's lines are in the order they run.
@@ -65,7 +65,8 @@ def covered(hlo):
             products[name] += count
             waiting = {key: (kind, n + count) for key, (kind, n) in waiting.items()}
         key = line.strip().removeprefix("ROOT ").partition(" = ")[0]
-        if re.search(r"S\(5\)}.*, u32\[\]\) fusion-start\(", line):
+        starts = re.search(r"S\(5\)}.*, u32\[\]\) fusion-start\(", line)
+        if starts and name != "ENTRY":
             waiting[key] = "store" if "update" in key else "load", 0
         if match := re.search(r" fusion-done\((%[\w.-]+)\)", line):
             if match[1] in waiting:
@@ -189,8 +190,8 @@ def test_offloaded_inputs_and_head_groups_cost_30_kib_a_token():
 
 def test_prefetched_inputs_come_back_beside_the_computation():
     # The next layer's input is under way while the loops of this one run. It costs 8
-    # KiB a token on JAX 0.11.2, 4.7 on 0.12. A store and a load in loops are copies;
-    # the first load, before its loop, is not.
+    # KiB a token on JAX 0.11.2, 4.7 on 0.12. The first load, before its loop, is no
+    # copy.
     waited, ahead = (
         compiled(
             "llama3_8b", 262144, IN_BACKWARD,
@@ -202,8 +203,7 @@ def test_prefetched_inputs_come_back_beside_the_computation():
     for step in waited, ahead:
         assert len(step["covered"]["store"]) == 1 and step["covered"]["store"][0] > 2
     assert waited["covered"]["load"] == [0]
-    before, in_loop = ahead["covered"]["load"]
-    assert before == 0 and in_loop > 15
+    assert len(ahead["covered"]["load"]) == 1 and ahead["covered"]["load"][0] > 15
     assert 1.1 < ahead["gib"] - waited["gib"] < 2.1
 
 
@@ -217,8 +217,8 @@ def test_all_that_goes_to_the_host_does_so_beside_the_computation():
     )  # fmt: skip
     assert result["copied"] == 14
     assert len(result["covered"]["store"]) == 7 and result["covered"]["store"][1] > 1
-    assert result["covered"]["load"][:7] == 7 * [0]
-    assert min(result["covered"]["load"][7:]) > 10 and result["gib"] < 140
+    assert len(result["covered"]["load"]) == 7
+    assert min(result["covered"]["load"]) > 10 and result["gib"] < 140
 
 
 @pytest.mark.parametrize("plan", ["none", "* offload=input save=attention"])
@@ -229,12 +229,12 @@ def test_optimizer_state_comes_and_goes_beside_the_backward_pass(plan):
         "name": "adamw", "in_backward": True, "clip": "layer", "state_on_host": True,
     }  # fmt: skip
     result = compiled("llama3_8b", 32768, adamw, plan=plan, mlp_chunk_size=0)
-    loads = [products for products in result["covered"]["load"] if products]
-    stores = [products for products in result["covered"]["store"] if products]
-    assert min(stores) > 4 and len(stores) >= 14
-    assert min(loads) > 4 and len(loads) == 14
-    moments = 2 * 4 * 32 * 218112000 / GIB
-    assert result["host_gib"] >= moments and result["gib"] < 140
+    offloads = plan != "none"  # an input goes in the forward loop, and is waited for
+    for way in ("store", "load"):
+        found = result["covered"][way]
+        assert len(found) == 14 + offloads and min(found[-14:]) > 4
+    matrices = 32 * 218103808
+    assert result["host_gib"] >= 2 * 4 * matrices / GIB and result["gib"] < 140
 
 
 def test_memory_falls_with_the_head_groups():
