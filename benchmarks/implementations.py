@@ -38,16 +38,16 @@ def step_config(
     plan: str,
     implementation: str = "auto",
     *,
-    in_backward: bool = True,
+    optim: dict[str, Any] | None = None,
     **train: Any,
 ) -> Config:
     """Return the configuration of the step: SGD, in the backward pass, batch 1."""
+    sgd = {"name": "sgd", "learning_rate": 1e-2, "clip_norm": None, "in_backward": True}
     return Config(
         model=model,
         data=DataConfig(seq_len=tokens, batch_size=1, tokenizer="none", packing=False),
         optim=OptimConfig(
-            name="sgd", param_dtype="bfloat16", warmup_steps=0, clip_norm=None,
-            in_backward=in_backward, learning_rate=1e-2,
+            param_dtype="bfloat16", warmup_steps=0, **sgd | (optim or {})
         ),
         train=TrainConfig(plan=plan, implementation=implementation, **train),
     )  # fmt: skip

@@ -2,10 +2,11 @@
 
     python benchmarks/plans.py offload-8 offload full attention-8 attention
     python benchmarks/plans.py offload offload-ahead offload-attention-ahead full
+    python benchmarks/plans.py --layers 8 --tokens 32768 adamw-host adamw
 
-One process, weights made on the device, SGD in the backward pass, batch 1, no data
-pipeline: the step alone. JAX's peak counter only rises, so the leanest plan comes
-first. Prints one JSON line a variant.
+One process, weights made on the device, SGD in the backward pass if the variant does
+not say AdamW, batch 1, no data pipeline: the step alone. JAX's peak counter only rises,
+so the leanest plan comes first. Prints one JSON line a variant.
 """
 
 import argparse
@@ -28,7 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full": {"plan": "full"},
     "attention-8": {"plan": "save_attention", "head_groups": 8},
     "attention": {"plan": "save_attention"},
-    "attention-after": {"plan": "save_attention", "in_backward": False},
+    "attention-after": {"plan": "save_attention", "optim": {"in_backward": False}},
     "all-but-gate-up": {"plan": "* save=input+qkv+attention+mlp_input"},
     "all-but-gate-up-whole": {
         "plan": "* save=input+qkv+attention+mlp_input",
@@ -48,6 +49,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "none-whole-xla": {"plan": "none", "mlp_chunk_size": 0, "implementation": "xla"},
     "none-whole-cudnn": {"plan": "none", "mlp_chunk_size": 0, "attention": "cudnn"},
 }
+ADAMW: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "adamw-after": {"in_backward": False},
+    "adamw-8bit": {"moment_dtype": "int8"},
+}
+VARIANTS |= {
+    name + away * "-host": {
+        "plan": "none", "mlp_chunk_size": 0,
+        "optim": optim | {
+            "name": "adamw", "learning_rate": 1e-4, "state_on_host": away
+        },
+    }
+    for name, optim in ADAMW.items()
+    for away in (False, True)
+}  # fmt: skip
 
 
 def run(name: str, model: Any, tokens: int, steps: int) -> dict[str, Any]:
@@ -66,6 +82,7 @@ def run(name: str, model: Any, tokens: int, steps: int) -> dict[str, Any]:
     step = make_train_step(cfg, model, mesh)
     compiled = step.lower(state, batch).compile()
     memory = compiled.memory_analysis()
+    host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
     times, losses = [], []
     for _ in range(steps + 1):
         began = time.perf_counter()
@@ -79,7 +96,7 @@ def run(name: str, model: Any, tokens: int, steps: int) -> dict[str, Any]:
         "tokens_per_second": round(tokens / seconds),
         "state_GiB": round(memory.argument_size_in_bytes / 2**30, 2),
         "temporaries_GiB": round(memory.temp_size_in_bytes / 2**30, 2),
-        "host_GiB": round(memory.host_temp_size_in_bytes / 2**30, 2),
+        "host_GiB": round(host / 2**30, 2),
         "peak_GiB": round(peak / 2**30, 2), "losses": losses,
     }  # fmt: skip
 
