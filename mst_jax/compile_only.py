@@ -158,9 +158,14 @@ def _allocating(step: Any, state: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     is_away = jax.tree.map(goes_to_host, layers)
     here, away = split(layers, is_away)
 
+    def room(a):
+        if len(a.sharding.device_set) == 1:
+            return to_host(jax.lax.empty(a.shape, a.dtype))
+        zeros = jax.lax.full(a.shape, 0, a.dtype)  # XLA splits nothing that is empty
+        return to_host(jax.lax.with_sharding_constraint(zeros, a.sharding))
+
     def run(state, batch):
-        room = jax.tree.map(lambda a: to_host(jax.lax.empty(a.shape, a.dtype)), away)
-        layers = join(state["opt"]["layers"], room)
+        layers = join(state["opt"]["layers"], jax.tree.map(room, away))
         state, metrics = step(with_layers(state, layers), batch)
         here, written = split(state["opt"]["layers"], is_away)
         # A row of each comes back: XLA drops what is written for nothing.

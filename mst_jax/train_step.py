@@ -96,8 +96,9 @@ def _first_state(cfg: Config, params: Any) -> State:
 def state_shardings(state: Any, mesh: Mesh, *, on_host: bool = False) -> Any:
     """Return the sharding of every leaf of a state (abstract ones too).
 
-    Optimizer state of a parameter's shape lies as the parameter does; counters and
-    factored moments are replicated. With `on_host` the optimizer state of the layers'
+    Optimizer state of a parameter's shape lies as the parameter does, and so do scales
+    of 8-bit moments where blocks are not cut; counters and factored moments are
+    replicated. With `on_host` the optimizer state of the layers'
     matrices lies in pinned host memory.
     """
     specs = param_specs(state["params"])
@@ -115,8 +116,15 @@ def state_shardings(state: Any, mesh: Mesh, *, on_host: bool = False) -> Any:
         name = jax.tree_util.keystr(path)
         for (whole, shape), found in by_path.items():
             below = whole.removeprefix(top)
-            if whole.startswith(top) and below in name and leaf.shape == shape:
+            if not (whole.startswith(top) and below in name):
+                continue
+            if leaf.shape == shape:
                 return found
+            # Scales of 8-bit moments: one of several columns.
+            if leaf.ndim == len(shape) and leaf.shape[:-1] == shape[:-1]:
+                last = found[-1]
+                whole_blocks = last is None or leaf.shape[-1] % mesh.shape[last] == 0
+                return P(*found[:-1], last if whole_blocks else None)
         return P()
 
     opt = jax.tree_util.tree_map_with_path(spec, state["opt"])

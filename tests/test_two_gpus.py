@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from mosaic import needs_pallas
+from test_memory import copied
 
 from mst_jax.compile_only import compile_step
 from mst_jax.config import (
@@ -30,12 +31,13 @@ MODEL = ModelConfig(
 MESHES = pytest.mark.parametrize("data, fsdp", [(1, 2), (2, 1)])
 
 
-def config(data, fsdp, packing=True):
+def config(data, fsdp, packing=True, away=False):
     return Config(
         model=MODEL,
         data=DataConfig(seq_len=T, batch_size=2, packing=packing),
         optim=OptimConfig(
-            param_dtype="bfloat16", moment_dtype="int8", warmup_steps=0
+            param_dtype="bfloat16", moment_dtype="int8", warmup_steps=0,
+            state_on_host=away,
         ),
         mesh=MeshConfig(data=data, fsdp=fsdp),
         train=TrainConfig(plan="save_attention"),
@@ -60,10 +62,22 @@ def test_kernels_are_in_a_step_of_two(data, fsdp):
     assert two.temporaries < 0.8 * one.temporaries
 
 
+@pytest.mark.compiled
+@needs_pallas
+def test_each_of_two_has_its_part_of_the_state_on_the_host():
+    two, one = (
+        compile_step(config(1, fsdp, away=True), MODEL, GPUS["h200"]) for fsdp in (2, 1)
+    )
+    assert two.host == pytest.approx(one.host / 2, rel=0.01)
+    # Codes and scales of two moments of seven matrices, both ways, by DMA.
+    assert copied(two.hlo) == copied(one.hlo) == 56
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("away", [False, True])
 @pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two GPUs")
 @MESHES
-def test_losses_of_two_are_those_of_one(data, fsdp):
+def test_losses_of_two_are_those_of_one(data, fsdp, away):
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, 1000, (1, 2, T)), jnp.int32)
     ids = np.broadcast_to(np.repeat([1, 2, 3, 4], T // 4), tokens.shape)
@@ -84,6 +98,6 @@ def test_losses_of_two_are_those_of_one(data, fsdp):
         return found
 
     # Weights of 16 bits are rounded at random, each device by numbers of its own.
-    got, want = losses(config(data, fsdp)), losses(config(1, 1))
+    got, want = losses(config(data, fsdp, away=away)), losses(config(1, 1))
     np.testing.assert_allclose(got, want, rtol=2e-3)
     assert want[2] < want[0]
