@@ -38,7 +38,7 @@ class LayerStacks(NamedTuple):
     away: Any
     """State in host memory, [L, ...]."""
     going: Any
-    """On the device, [1, ...]: state of the layer before, updated."""
+    """On the device, [1, ...]: updated state of the layer whose turn was before."""
     coming: Any
     """On the device, [1, ...]: state of this layer. None but within its turn."""
 
