@@ -179,7 +179,10 @@ def update_layer(
         state = join(here, coming)
         return update_one(optimizer, params, gradients, state, key=own_key, **options)
 
-    entries = *_entries((stacks.params, stacks.here), i), stacks.coming
+    coming = stacks.coming
+    if jax.tree.leaves(coming):  # else XLA widens it, and waits for it, before
+        coming, gradients = jax.lax.optimization_barrier((coming, gradients))
+    entries = *_entries((stacks.params, stacks.here), i), coming
     params, state = jax.vmap(one)(entries, jax.tree.map(lambda a: a[None], gradients))
     here, going = split(state, stacks.is_away)
     params, here = _put((stacks.params, stacks.here), i, (params, here))

@@ -221,20 +221,28 @@ def test_all_that_goes_to_the_host_does_so_beside_the_computation():
     assert min(result["covered"]["load"]) > 10 and result["gib"] < 140
 
 
-@pytest.mark.parametrize("plan", ["none", "* offload=input save=attention"])
-def test_optimizer_state_comes_and_goes_beside_the_backward_pass(plan):
-    # Two moments of seven matrices a layer, half of them beside each half of its
-    # backward pass, of 13 products or more. The last layer's come before the loop.
+@pytest.mark.parametrize(
+    "plan, moments, arrays",
+    [
+        ("none", "float32", 14),
+        ("* offload=input save=attention", "float32", 14),
+        ("none", "int8", 28),
+    ],
+)
+def test_optimizer_state_comes_and_goes_beside_the_backward_pass(plan, moments, arrays):
+    # Two moments of seven matrices a layer, in 8 bits with scales, half of them beside
+    # each half of its backward pass, of 13 products or more.
     adamw = {
         "name": "adamw", "in_backward": True, "clip": "layer", "state_on_host": True,
+        "moment_dtype": moments,
     }  # fmt: skip
     result = compiled("llama3_8b", 32768, adamw, plan=plan, mlp_chunk_size=0)
     offloads = plan != "none"  # an input goes in the forward loop, and is waited for
     for way in ("store", "load"):
         found = result["covered"][way]
-        assert len(found) == 14 + offloads and min(found[-14:]) > 4
-    matrices = 32 * 218103808
-    assert result["host_gib"] >= 2 * 4 * matrices / GIB and result["gib"] < 140
+        assert len(found) == arrays + offloads and min(found[-arrays:]) > 4
+    size = 2 * (4 if moments == "float32" else 1)
+    assert result["host_gib"] >= size * 32 * 218103808 / GIB and result["gib"] < 140
 
 
 def test_memory_falls_with_the_head_groups():
