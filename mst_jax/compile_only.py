@@ -103,7 +103,7 @@ def _compile(cfg: Config, model: ModelConfig, gpu: Gpu) -> dict[str, int | str]:
     from mst_jax.train_step import (
         BATCH_SPEC,
         abstract_state,
-        compiler_options,
+        jit_step,
         pure_train_step,
         state_shardings,
     )
@@ -130,8 +130,7 @@ def _compile(cfg: Config, model: ModelConfig, gpu: Gpu) -> dict[str, int | str]:
     step = pure_train_step(cfg, model, mesh)
     if cfg.optim.state_on_host and "layers" in state["opt"]:
         step, state = _allocating(step, state)
-    options = compiler_options(cfg, model, cfg.train.command_buffers)
-    run: Any = jax.jit(step, donate_argnums=0, compiler_options=options)
+    run = jit_step(cfg, model, step)
     compiled = run.lower(state, dict.fromkeys(names, ids)).compile()
     memory = compiled.memory_analysis()
     return {

@@ -257,17 +257,14 @@ class StepMemory:
         """Weights of a layer, f32 gradients of wo, and narrow moments."""
         optim = self.cfg.optim
         moments = 0
-        if optim.in_backward and not optim.state_on_host:
-            moments = self._layer_moments if optim.moment_dtype != "float32" else 0
+        narrow = optim.moment_dtype != "float32"
+        if optim.in_backward and narrow and not optim.state_on_host:
+            moments = sum(
+                _moments(shape, self.cfg)
+                for name, (_, shape) in parameters(self.model).items()
+                if name.startswith("layers/") and not self._frozen(name)
+            )
         return self.wide * self.W + 8 * self.NH * self.D + moments
-
-    @property
-    def _layer_moments(self) -> int:
-        return sum(
-            _moments(shape, self.cfg)
-            for name, (_, shape) in parameters(self.model).items()
-            if name.startswith("layers/") and not self._frozen(name)
-        )
 
     def _moving(self, halves: int) -> int:
         """Halves of a layer's moments that are on their way: see `layer_state`."""

@@ -98,8 +98,8 @@ def state_shardings(state: Any, mesh: Mesh, *, on_host: bool = False) -> Any:
 
     Optimizer state of a parameter's shape lies as the parameter does, and so do scales
     of 8-bit moments where blocks are not cut; counters and factored moments are
-    replicated. With `on_host` the optimizer state of the layers'
-    matrices lies in pinned host memory.
+    replicated. With `on_host` the optimizer state of the layers' matrices lies in
+    pinned host memory.
     """
     specs = param_specs(state["params"])
     by_path = {
@@ -229,8 +229,12 @@ def make_train_step(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...
     Metrics are f32 scalars: `loss` (mean over valid tokens, nats), `tokens` (valid
     ones), `grad_norm` (before clipping), `learning_rate`.
     """
+    return jit_step(cfg, model, pure_train_step(cfg, model, mesh))
+
+
+def jit_step(cfg: Config, model: ModelConfig, step: Any) -> Any:
+    """Return a step's function jitted as `make_train_step` does."""
     options = compiler_options(cfg, model, cfg.train.command_buffers)
-    step = pure_train_step(cfg, model, mesh)
     return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 

@@ -61,7 +61,7 @@ def test_every_layer_comes_once_and_goes_back_to_its_place(layers):
 
 
 def test_a_half_of_the_state_moves_each_way():
-    # Of 22 and 12 bytes a layer: 12 + 4 in one half, 6 + 6 + 4 in the other.
+    # The largest first, to the lesser half: 6 + 2 and 4 + 3 + 1.
     widths = {"a": 3, "b": 6, "c": 2, "d": 4, "e": 1}
     state = {k: on_host(jnp.zeros((2, n))) for k, n in widths.items()}
 
