@@ -416,9 +416,14 @@ def test_predicted_memory_holds_the_benchmarked_steps(case):
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("plan", ["full", "save_attention"])
-def test_the_update_of_the_head_in_8_bits_is_compiled(plan):
-    cfg = config(8192, plan=plan, optim=ADAMW_8, mlp_chunk_size=8192)
+@pytest.mark.parametrize(
+    "plan, tokens", [("full", 8192), ("save_attention", 8192), ("full", 16384)]
+)
+def test_the_update_of_the_head_in_8_bits_is_compiled(plan, tokens):
+    # 16,384 tokens are two chunks of the head's, whose sum begins with zeros.
+    cfg = config(
+        tokens, plan=plan, optim=ADAMW_8, mlp_chunk_size=tokens, loss_chunk_size=8192
+    )
     compiled = compile_step(cfg, LLAMA, H200).device
     assert predict(cfg, LLAMA, H200).peak_compiled == pytest.approx(compiled, rel=0.01)
 

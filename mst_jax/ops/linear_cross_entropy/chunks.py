@@ -77,8 +77,12 @@ def _forward(options: Options, x_MBCD, weight, labels_MBC, weights_MBC):
         total += _masked(losses, weights).sum()
         return (total, dweight), (dx, losses, statistics)
 
+    # Not a constant: XLA would compare the optimizer's f32 numbers with the sum's zeros,
+    # held until then, 2 GiB of 8B's.
+    zero = jax.lax.optimization_barrier(jnp.float32(0))
+
     def zeros(*shape):
-        return varying(jnp.zeros(shape, jnp.float32), x_MBCD)
+        return varying(jnp.full(shape, zero), x_MBCD)
 
     chunks = x_MBCD, labels_MBC, weights_MBC
     if x_MBCD.shape[0] == 1:  # nothing to fill with zeros, nor to add to
