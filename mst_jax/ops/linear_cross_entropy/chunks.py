@@ -77,8 +77,8 @@ def _forward(options: Options, x_MBCD, weight, labels_MBC, weights_MBC):
         total += _masked(losses, weights).sum()
         return (total, dweight), (dx, losses, statistics)
 
-    # Not a constant: XLA would compare the optimizer's f32 numbers with the sum's zeros,
-    # held until then, 2 GiB of 8B's.
+    # Not a constant: XLA would compare the optimizer's f32 numbers with these zeros,
+    # and hold them until then, 2 GiB of 8B's.
     zero = jax.lax.optimization_barrier(jnp.float32(0))
 
     def zeros(*shape):
