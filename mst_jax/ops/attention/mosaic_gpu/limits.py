@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from mst_jax.ops import matmul as mm
 
 REGISTERS_MOVE = jax.__version_info__ < (0, 12)
-"""Whether `setmaxnreg` does something: JAX 0.12 assembles kernels in NVIDIA's linker,
-which ignores it. Without it the forward pass is slower than cuDNN's, but for
-documents."""
+"""Whether `setmaxnreg` does something: JAX 0.12 assembles kernels for NVIDIA's linker,
+which it loads when it runs, and there the assembler ignores it (docs/LOG.md). Without
+it the forward pass is slower than cuDNN's, but for documents."""
 LOAD_REGISTERS, COMPUTE_REGISTERS = 24, 240
 """Of a thread, while three warpgroups share 65,536."""
 HEAD_SIZES = 64, 128
