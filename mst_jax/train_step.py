@@ -206,8 +206,13 @@ def _whole_gradients(cfg, model, rest, weights_at, batch, sums, specs):
         return rewrite(add, stacks, i, shards("layers", gradients))
 
     run = forward(cfg, model, rest, weights_at, batch)
+    dy, layers = run.dy, sums.get("layers", {})
+    if cfg.train.accumulate == 1:
+        # Filled, though each is written: XLA makes what has no operand before the head.
+        dy, zero = jax.lax.optimization_barrier((dy, jnp.float32(0)))
+        layers = jax.tree.map(lambda a: jnp.full(a.shape, zero, a.dtype), layers)
     dx, layers = stack_backward(
-        run.plan, run.kept, run.dy, run.ctx, sums.get("layers", {}),
+        run.plan, run.kept, dy, run.ctx, layers,
         weights_at=lambda _, i: weights_at(i), consume=consume,
     )  # fmt: skip
     new = dict(run.d_head)
