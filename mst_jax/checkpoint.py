@@ -255,14 +255,20 @@ class Checkpoints:
             _checksums([partial / "manifest.json"], sync=True)
             partial.rename(path)
             _sync(self._directory)  # before the old ones go
-            whole = [self._directory / str(step) for step in self.steps()]
-            whole = [old for old in whole if (old / "manifest.json").exists()]
-            for old in whole[: -self._keep]:
-                # First out of sight: half removed, it must not look damaged.
-                old.rename(old.with_suffix(".tmp"))
-                shutil.rmtree(old.with_suffix(".tmp"))
         except Exception as error:
             raise _not_saved(path, error) from error
+        try:
+            self._remove_oldest()
+        except OSError as error:  # the next save tries again
+            log.warning("%s is saved, an older one is still there: %s", path, error)
+
+    def _remove_oldest(self) -> None:
+        whole = [self._directory / str(step) for step in self.steps()]
+        whole = [old for old in whole if (old / "manifest.json").exists()]
+        for old in whole[: -self._keep]:
+            # First out of sight: half removed, it must not look damaged.
+            old.rename(old.with_suffix(".tmp"))
+            shutil.rmtree(old.with_suffix(".tmp"))
 
 
 def _pageable() -> ocp.Context:

@@ -1,6 +1,7 @@
 """Command lines: `train.py --config RECIPE [overrides]`, `mst-jax export`, `plan`."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -29,6 +30,13 @@ def train_main(recipes: Path, args: list[str] | None = None) -> int:
             load_recipe(recipe), overrides, f"train.py --config {recipe}",
             f"Train {recipe}. Every option overrides the recipe.",
         )  # fmt: skip
+        budget = cfg.train.memory_budget
+        for name in _option_names(overrides):
+            if budget is not None and name in PLANNED:
+                raise ValueError(
+                    f"--{name} is what the planner chooses, within train.memory_budget="
+                    f"{budget!r}: leave it out, or add --train.memory-budget None"
+                )
         # Here, so that --help and a mistyped option answer at once.
         from mst_jax.checkpoint import SaveError
         from mst_jax.memory import OutOfMemoryError
@@ -74,6 +82,12 @@ def _override(cfg: Config, args: list[str], prog: str, description: str) -> Conf
     """Return the recipe's configuration with the options of a command line."""
     config = tyro.conf.configure(tyro.conf.AvoidSubcommands)(Config)
     return tyro.cli(config, prog=prog, description=description, default=cfg, args=args)
+
+
+def _option_names(args: list[str]) -> list[str]:
+    """Return the options among arguments, as in 'train.plan'."""
+    options = [arg for arg in args if arg.startswith("--")]
+    return [a[2:].partition("=")[0].replace("_", "-") for a in options]
 
 
 def _split_config(args: list[str]) -> tuple[str | None, list[str]]:
@@ -160,8 +174,8 @@ def _tokenizer_dir(cfg: Config, source: str | None) -> str | None:
     name = cfg.tokenizer
     if name == "bytes":
         return None
-    if Path(name).is_dir():
-        return name
+    if (directory := Path(name).expanduser()).is_dir():
+        return str(directory)
     if name == cfg.init_from:
         return source
     try:  # trained with, so in the hub's cache
@@ -209,19 +223,17 @@ class VerifyError(Exception):
     """The planned step does not compile."""
 
 
-CHOSEN = {
+PLANNED = (
+    "train.plan", "train.head-groups", "train.prefetch", "train.no-prefetch",
+    "train.mlp-chunk-size", "train.loss-chunk-size", "train.vocab-chunk-size",
+)  # fmt: skip
+"""Options of train.py that the planner sets."""
+ARGUMENTS = {
     "data.seq-len": "give --seq-len, or neither for the longest that fits",
     "train.memory-budget": "give --device-memory",
     "train.host-memory": "give --host-memory",
-    "train.plan": "leave it out",
-    "train.head-groups": "leave it out",
-    "train.prefetch": "leave it out",
-    "train.no-prefetch": "leave it out",
-    "train.mlp-chunk-size": "leave it out",
-    "train.loss-chunk-size": "leave it out",
-    "train.vocab-chunk-size": "leave it out",
 }
-"""Options of train.py that the planner sets, and what to do about them."""
+"""Those that `mst-jax plan` has its own for."""
 
 
 def plan(args: Plan, overrides: list[str]) -> None:
@@ -238,15 +250,16 @@ def plan(args: Plan, overrides: list[str]) -> None:
     """
     from mst_jax.compile_only import compile_step
     from mst_jax.gpus import find_gpu
+    from mst_jax.plan import parse_bytes
     from mst_jax.plan_report import report
-    from mst_jax.planner import default_budget, parse_bytes
+    from mst_jax.planner import default_budget
     from mst_jax.prediction import GIB, show
 
     cfg, gpu = load_recipe(args.config), find_gpu(args.gpu)
-    for arg in overrides:
-        name = arg.removeprefix("--").partition("=")[0].replace("_", "-")
-        if name in CHOSEN:
-            raise ValueError(f"--{name} is what the plan chooses: {CHOSEN[name]}")
+    way_out = dict.fromkeys(PLANNED, "leave it out") | ARGUMENTS
+    for name in _option_names(overrides):
+        if name in way_out:
+            raise ValueError(f"--{name} is what the plan chooses: {way_out[name]}")
     cfg = _override(
         cfg, overrides, "mst-jax plan",
         f"Options that override {args.config}, beside those of `mst-jax plan --help`.",
@@ -287,8 +300,8 @@ def _model_of(cfg: Config) -> ModelConfig:
     """The shape of a recipe's model: of a known checkpoint without a download."""
     if cfg.model is not None:
         return cfg.model
-    source = cfg.init_from
-    assert source is not None  # a Config has a model or init_from
+    assert cfg.init_from is not None  # a Config has a model or init_from
+    source = os.path.expanduser(cfg.init_from)
     known = {
         "meta-llama/Llama-2-7b-hf": "llama2_7b",
         "meta-llama/Meta-Llama-3-8B": "llama3_8b",

@@ -22,19 +22,19 @@ _HIT, _MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache
 class CompileCache:
     """What the cache is, and what it did so far."""
 
-    def __init__(self, directory: Path | None, why: str):
+    def __init__(self, directory: Path | str | None, why: str):
         self.directory = directory
-        """None if programs are not kept."""
+        """None if programs are not kept; text is JAX's own, and may be a URL."""
         self.why = why
         self.hits = self.misses = 0
 
     def __str__(self) -> str:
         if self.directory is None:
             return f"compiled programs are not kept: {self.why}"
-        kept = len([*self.directory.glob("*-cache")])
-        return (
-            f"compiled programs are kept in {self.directory} ({kept} there; {self.why})"
-        )
+        there = ""
+        if isinstance(self.directory, Path):
+            there = f"{len([*self.directory.glob('*-cache')])} there; "
+        return f"compiled programs are kept in {self.directory} ({there}{self.why})"
 
     def count(self, event: str, **_: object) -> None:
         """Listen to JAX's monitoring."""
@@ -83,7 +83,7 @@ def _choose(choice: str, before: str | None, enabled: bool) -> CompileCache:
     if not enabled:
         return CompileCache(None, "JAX_ENABLE_COMPILATION_CACHE is off")
     if before:
-        return CompileCache(Path(before), "JAX_COMPILATION_CACHE_DIR")
+        return CompileCache(before, "JAX_COMPILATION_CACHE_DIR")
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     directory = Path(home) / "mst_jax" / "compiled" / _device_name()
     if problem := _obstacle(directory):

@@ -109,7 +109,8 @@ def _compile(cfg: Config, model: ModelConfig, gpu: Gpu) -> dict[str, int | str]:
     )
 
     # They ask this process's device, which is a CPU.
-    attention._capability = kernels._capability = lambda: gpu.capability
+    attention.compute_capability = lambda: gpu.capability
+    kernels.compute_capability = attention.compute_capability
 
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=gpu.target,

@@ -18,7 +18,7 @@ from mst_jax.model_config import (
     not_negative,
     positive,
 )
-from mst_jax.plan import read_groups
+from mst_jax.plan import parse_bytes, read_groups
 from mst_jax.presets import PRESETS
 
 __all__ = [
@@ -85,7 +85,7 @@ class OptimConfig:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after the warmup; cosine and linear end at `end_factor` of the peak."""
     warmup_steps: int = 10
-    """Steps of linear warmup from 0."""
+    """Steps of linear warmup; the first has 1 / (warmup_steps + 1) of the peak."""
     end_factor: float = 0.1
     """Final learning rate over the peak."""
     weight_decay: float = 0.0
@@ -121,11 +121,14 @@ class OptimConfig:
         check_types(self)
         positive(self, "learning_rate", "eps", "clip_norm")
         not_negative(self, "warmup_steps", "weight_decay")
-        if self.moment_dtype != "float32" and self.name in ("sgd", "adafactor"):
+        if self.name in ("sgd", "adafactor"):
             rest = (
                 f"needs adamw or lion: {self.name} has no moments of whole parameters"
             )
-            fail(self, "moment_dtype", rest)
+            if self.moment_dtype != "float32":
+                fail(self, "moment_dtype", rest)
+            if self.state_on_host:
+                fail(self, "state_on_host", rest)
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 fail(self, name, "must be in [0, 1)")
@@ -199,7 +202,8 @@ class TrainConfig:
     eval_batches: int = 4
     """Batches of an evaluation."""
     save_every: int = 50
-    """Steps between checkpoints; the last step is always saved, 0 never saves."""
+    """Steps between checkpoints; the last step is always saved. 0 saves only what is
+    interrupted."""
     keep: int = 2
     """Checkpoints that are kept."""
     log_every: int = 1
@@ -214,6 +218,17 @@ class TrainConfig:
         positive(self, "head_groups")
         read_groups(self.plan)
         not_negative(self, "mlp_chunk_size", "save_every")
+        for name in ("memory_budget", "host_memory"):
+            if (size := getattr(self, name)) not in (None, "auto"):
+                try:
+                    parse_bytes(size)
+                except ValueError as error:
+                    raise ValueError(f"TrainConfig.{name}={error}, or 'auto'") from None
+        if self.host_memory is not None and self.memory_budget is None:
+            raise ValueError(
+                f"TrainConfig.host_memory={self.host_memory!r} is a limit for the "
+                "planner: set memory_budget too ('auto' is this GPU's memory)"
+            )
 
     @property
     def asked_attention(self) -> str | None:

@@ -14,6 +14,7 @@ of these, and all that follows is for training.
 
 import functools
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -332,7 +333,7 @@ def _load_tokenizer(name: str) -> tuple[Encode, int]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(os.path.expanduser(name))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"DataConfig.tokenizer={name!r} is neither 'bytes' nor an HF tokenizer "

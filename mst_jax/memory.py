@@ -14,7 +14,8 @@ import jax
 
 from mst_jax.config import Config, MeshConfig, ModelConfig
 from mst_jax.gpus import GPUS, Gpu
-from mst_jax.planner import default_budget, fastest_plan, options, parse_bytes
+from mst_jax.plan import parse_bytes
+from mst_jax.planner import default_budget, fastest_plan, options
 from mst_jax.prediction import GIB, predict
 
 _POOL = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
@@ -28,25 +29,33 @@ def fit(cfg: Config, model: ModelConfig) -> Config:
     """Return the run with its plan filled in if it has a memory budget.
 
     Also sizes XLA's pool of pinned host memory, so call it before anything touches a
-    device. The pool is no larger than it must be: it may take all it is allowed.
+    device. The pool is no larger than the plan, or its budget, needs: it may take all
+    that it is allowed.
 
     Raises:
         ValueError: no plan fits the budget; or the host has not what the plan needs.
     """
     budget, host_budget = cfg.train.memory_budget, cfg.train.host_memory
     if budget is None:
-        if host_budget is not None:
+        need, free = _host_bytes(cfg, model), available_host_bytes()
+        if need > free:
             raise ValueError(
-                f"TrainConfig.host_memory={host_budget!r} is a limit for the planner: "
-                "set memory_budget too ('auto' is this GPU's memory)"
+                f"the plan keeps {need / GIB:.1f} GiB in host memory and "
+                f"{free / GIB:.1f} GiB are free: offload fewer layers or residuals "
+                "(--train.plan), or use shorter sequences"
             )
-        _reserve_host(_host_bytes(cfg, model))
+        _reserve_host(need)
         return cfg
     host = 0
     if host_budget == "auto":
         host = int(0.8 * available_host_bytes())
     elif host_budget is not None:
-        host = parse_bytes(host_budget)
+        host, free = parse_bytes(host_budget), available_host_bytes()
+        if host > free:
+            raise ValueError(
+                f"TrainConfig.host_memory={host_budget!r}: {free / GIB:.1f} GiB are "
+                "free; give less, or 'auto'"
+            )
     _reserve_host(host)
     gpu = present_gpu()
     device = default_budget(gpu) if budget == "auto" else parse_bytes(budget)
@@ -79,7 +88,9 @@ def available_host_bytes() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
     if limit.exists() and (text := limit.read_text().strip()) != "max":
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        available = min(available, int(text) - used)
+        stat = Path("/sys/fs/cgroup/memory.stat").read_text().split()
+        cached = int(stat[stat.index("inactive_file") + 1])  # files, that can go
+        available = min(available, int(text) - used + cached)
     return available
 
 
@@ -121,19 +132,15 @@ def _explanation(cfg: Config, model: ModelConfig, error: str) -> str:
 
 
 def _host_bytes(cfg: Config, model: ModelConfig) -> int:
-    """Pinned host memory of an explicit plan, of all devices of this host."""
-    return predict(replace(cfg, mesh=MeshConfig()), model, GPUS["h200"]).peak_host
+    """Pinned host memory of an explicit plan, of all devices of this host.
+
+    Each replica has optimizer state of its own; residuals are of the whole batch.
+    """
+    host = predict(replace(cfg, mesh=MeshConfig()), model, GPUS["h200"]).host
+    return host["residuals"] + cfg.mesh.data * host["optimizer state"]
 
 
 def _reserve_host(need: int) -> None:
-    if not need:
-        return
-    available = available_host_bytes()
-    if need > available:
-        raise ValueError(
-            f"the plan keeps {need / GIB:.1f} GiB in host memory and "
-            f"{available / GIB:.1f} GiB are free: offload fewer layers or residuals "
-            "(--train.plan), or use shorter sequences"
-        )
     # XLA's own default is 64 GiB, read when the GPU's client is made.
-    os.environ.setdefault(_POOL, str(max(64, math.ceil(1.02 * need / GIB) + 1)))
+    if need:
+        os.environ.setdefault(_POOL, str(max(64, math.ceil(1.02 * need / GIB) + 1)))

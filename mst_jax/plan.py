@@ -163,3 +163,18 @@ def _group(text: str) -> LayerGroup:
         )
     layers = 0 if words[0] == "*" else int(words[0])
     return LayerGroup(layers=layers, save=save, offload=offload, every=int(every))
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as '120GiB' or '80 GB'.
+
+    Raises:
+        ValueError: no number with a unit.
+    """
+    pattern = r"([0-9]+(?:\.[0-9]+)?) ?([KMGT])(i?)B"
+    match = re.fullmatch(pattern, text.strip(), re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{text!r} is no size: write for example 120GiB")
+    number, unit, binary = match.groups()
+    power = " KMGT".index(unit.upper())
+    return int(float(number) * (1024 if binary else 1000) ** power)

@@ -6,7 +6,6 @@ Candidates are the same for all layers, or two neighbours of `NEIGHBOURS` mixed,
 budget the fastest is taken.
 """
 
-import re
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
@@ -153,21 +152,6 @@ def fits(cfg: Config, model: ModelConfig, gpu: Gpu, budget: Budget) -> bool:
         if cut.train.head_groups == model.num_kv_heads and not cut.train.prefetch
     ]
     return next(_fitting(model, gpu, budget, finest), None) is not None
-
-
-def parse_bytes(text: str) -> int:
-    """Read a size such as '120GiB' or '80 GB'.
-
-    Raises:
-        ValueError: no number with a unit.
-    """
-    pattern = r"([0-9]+(?:\.[0-9]+)?) ?([KMGT])(i?)B"
-    match = re.fullmatch(pattern, text.strip(), re.IGNORECASE)
-    if not match:
-        raise ValueError(f"{text!r} is no size: write for example 120GiB")
-    number, unit, binary = match.groups()
-    power = " KMGT".index(unit.upper())
-    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def default_budget(gpu: Gpu) -> int:

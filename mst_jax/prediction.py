@@ -107,10 +107,6 @@ def predict(cfg: Config, model: ModelConfig, gpu: Gpu) -> Prediction:
         NotImplementedError: more than one device, or cuDNN or the Hopper kernels asked
             for by name where they cannot run.
     """
-    if cfg.mesh.data * cfg.mesh.fsdp > 1:
-        raise NotImplementedError(
-            f"the planner knows one device, the mesh has {cfg.mesh}; set it to one"
-        )
     return predict_step(StepMemory(cfg, model, gpu))
 
 

@@ -47,6 +47,7 @@ from math import prod
 
 import jax.numpy as jnp
 
+from mst_jax.chunk_loop import loop_chunks
 from mst_jax.config import Config, ModelConfig
 from mst_jax.gpus import Gpu
 from mst_jax.gradients import (
@@ -67,9 +68,18 @@ WORKSPACE = "attention workspace"
 
 
 class StepMemory:
-    """A step's letters, and its bytes."""
+    """A step's letters, and its bytes.
+
+    Raises:
+        NotImplementedError: more than one device.
+    """
 
     def __init__(self, cfg: Config, model: ModelConfig, gpu: Gpu):
+        if cfg.mesh.data * cfg.mesh.fsdp > 1:
+            raise NotImplementedError(
+                f"the planner knows one device, the mesh has {cfg.mesh}: set it to "
+                "one, or choose train.plan yourself, without train.memory_budget"
+            )
         self.cfg, self.model, self.gpu = cfg, model, gpu
         self.plan: Plan = make_plan(cfg, model)
         B, T = cfg.data.batch_size, cfg.data.seq_len
@@ -85,8 +95,8 @@ class StepMemory:
         # Without bf16 units XLA widens the operands of matrix products.
         self.wide = 4 if not gpu.has_bf16 else self.a
         self.attention, _ = attention_implementation(cfg, model, B, gpu.capability)
-        size = split_length(T, layer_chunk_size(cfg, model, B, T))[1]
-        self.C, rest = B * size, B * (T % size)
+        size, rest = loop_chunks(T, layer_chunk_size(cfg, model, B, T))
+        self.C, rest = B * size, B * rest
         self.ragged = rest > 0
         self.head_kernels = head_implementation(cfg, model, gpu) == "mosaic_gpu"
         self.vocab_chunk = min(cfg.train.vocab_chunk_size or 0, self.V)

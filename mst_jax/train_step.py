@@ -5,9 +5,10 @@ layer; the sum of all losses is differentiated, over micro-batches and devices; 
 gradient is divided once, by the global number of valid tokens. So every token weighs
 the same however the batch is cut.
 
-Two kinds of step give the same parameters. The ordinary one collects all gradients and
-then updates. With `in_backward` each layer is updated as soon as its gradient is there,
-so that no whole gradient is ever held (`layerwise.py`).
+Two kinds of step give the same parameters. The ordinary one collects all gradients, in
+the parameters' dtype, and then updates. With `in_backward` each layer is updated from
+its f32 gradient as soon as that is there, so that no whole gradient is ever held
+(`layerwise.py`).
 """
 
 from collections.abc import Callable
@@ -173,10 +174,7 @@ def make_gradients(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...,
         total, count, sums = carry
         if mesh.size > 1:
             total, count = jax.lax.psum((total, count), BATCH_AXES)
-            # Over fsdp `scatter` has already added them up.
-            axes = BATCH_AXES if cfg.mesh.fsdp == 1 else "data"
-            sums = jax.lax.psum(sums, axes)
-        return total, count, sums
+        return total, count, _over_devices(sums, cfg) if wide else sums
 
     def out_specs(specs):
         return P(), P(), split_frozen(specs, cfg.optim.freeze)[0]
@@ -184,10 +182,17 @@ def make_gradients(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...,
     return _on_shards(local, mesh, out_specs)
 
 
+def _over_devices(gradients: Any, cfg: Config) -> Any:
+    """Add up what replicas have; over fsdp `scatter` has done so."""
+    if cfg.mesh.data * cfg.mesh.fsdp == 1:
+        return gradients
+    return jax.lax.psum(gradients, BATCH_AXES if cfg.mesh.fsdp == 1 else "data")
+
+
 def _whole_gradients(cfg, model, rest, weights_at, batch, sums, specs):
     """Add a micro-batch's gradients to `sums`, shards of the trained parameters.
 
-    Of one micro-batch they are the sums, whatever is there.
+    Of one micro-batch they are the sums, whatever is there, of all devices.
     """
     freeze = cfg.optim.freeze
 
@@ -195,7 +200,9 @@ def _whole_gradients(cfg, model, rest, weights_at, batch, sums, specs):
         new = {name: new}
         if cfg.mesh.fsdp > 1:
             new = scatter(new, {name: specs[name]})
-        return split_frozen(new, freeze)[0].get(name, {})
+        new = split_frozen(new, freeze)[0].get(name, {})
+        # In f32, before it is rounded.
+        return new if cfg.train.accumulate > 1 else _over_devices(new, cfg)
 
     def add(total, new):
         if cfg.train.accumulate == 1:
@@ -203,7 +210,8 @@ def _whole_gradients(cfg, model, rest, weights_at, batch, sums, specs):
         return jax.tree.map(jnp.add, total, new)
 
     def consume(stacks, i, gradients, squares):
-        return rewrite(add, stacks, i, shards("layers", gradients))
+        own = shards("layers", gradients)
+        return rewrite(add, stacks, i, own) if own else stacks
 
     run = forward(cfg, model, rest, weights_at, batch)
     dy, layers = run.dy, sums.get("layers", {})

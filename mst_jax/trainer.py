@@ -83,7 +83,7 @@ class _Run:
     def __init__(self, cfg: Config, console: Console):
         self.cfg, self.console = cfg, console
         self.loaded: dict[str, Any] = {}
-        self.out = Path(cfg.out_dir)
+        self.out = Path(cfg.out_dir).expanduser()
         check_writable(self.out)
         self.source = hf.resolve(cfg.init_from) if cfg.init_from else None
         model = model_config_from_hf(self.source) if self.source else cfg.model
@@ -110,8 +110,9 @@ class _Run:
         if self.checkpoints.latest() is None:
             return
         way_out = "use another --out-dir, or remove it to start again"
+        extra = self.checkpoints.extra()
         try:
-            before = _identity(from_dict(self.checkpoints.extra().get("config", {})))
+            before = _identity(from_dict(extra.get("config", {})))
         except ValueError as error:
             raise ValueError(
                 f"{self.out} holds a run of another version of this package ({error}); "
@@ -282,7 +283,7 @@ class _Run:
         # The first steps after compilation fill caches and queues.
         settled = sorted(rates[2:] or rates)
         summary["step"] = step
-        summary["interrupted"] = bool(stop)
+        summary["interrupted"] = bool(stop) and step < cfg.train.steps
         summary["checkpoint"] = str(out / "checkpoints" / str(saved)) if saved else None
         if settled:
             summary["tokens_per_second"] = settled[len(settled) // 2]
@@ -373,7 +374,7 @@ def _identity(cfg: Config) -> dict[str, Any]:
     found = {"init_from": cfg.init_from, "model": values["model"]}
     for part in ("data", "optim"):
         found |= {f"{part}.{key}": value for key, value in values[part].items()}
-    return found
+    return found | {f"train.{k}": values["train"][k] for k in ("accumulate", "seed")}
 
 
 def check_writable(directory: Path) -> None:

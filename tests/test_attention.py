@@ -330,6 +330,8 @@ def test_hopper_takes_the_kernel_where_it_can(monkeypatch):
         options = {"segmented": False, "shape": (1, T, 32), **options}
         return choose_implementation(H, dtype, capability=capability, **options)
 
+    limits = api.mosaic_gpu.limits
+    monkeypatch.setattr(limits, "REGISTERS_MOVE", True)
     assert choose() == ("mosaic_gpu", "this GPU has it")
     for options, why in (
         ({"H": 96}, "head size 96 is none of (64, 128)"),
@@ -348,12 +350,25 @@ def test_hopper_takes_the_kernel_where_it_can(monkeypatch):
         (True, "this GPU has it"),
         (False, "not mosaic_gpu: on JAX 0.12 it is faster than cuDNN only up to 8192"),
     ):
-        monkeypatch.setattr(api.mosaic_gpu.limits, "REGISTERS_MOVE", registers_move)
+        monkeypatch.setattr(limits, "REGISTERS_MOVE", registers_move)
         assert choose(T=32768)[1].startswith(why)
-        for options in ({"segmented": True}, {"sliding_window": 4096}, {"H": 64}):
-            assert choose(T=32768, **options) == ("mosaic_gpu", "this GPU has it")
-    monkeypatch.setenv("XLA_FLAGS", "--a=1 --xla_gpu_deterministic_ops=true")
-    assert choose()[1].startswith("not mosaic_gpu: adds up dq in no fixed order")
+        for options, own in (
+            ({"segmented": True}, True), ({"segmented": True, "H": 64}, True),
+            ({"sliding_window": 4096}, registers_move), ({"H": 64}, False),
+        ):  # fmt: skip
+            for asked, why in (
+                (None, "this GPU has it"),
+                ("mosaic_gpu", "as asked for"),
+            ):
+                name, said = choose(T=32768, **options, asked=asked)
+                assert name == "mosaic_gpu" and said.startswith(why)
+                assert ("forward in cuDNN" in said) != own, (options, said)
+    for value in ("", "=true", "=True", "=1", "=1 --c=2"):
+        monkeypatch.setenv("XLA_FLAGS", f"--a=1 --xla_gpu_deterministic_ops{value}")
+        assert choose()[1].startswith("not mosaic_gpu: adds up dq in no fixed order")
+    for value in ("--xla_gpu_deterministic_ops=false", "--xla_gpu_deterministic_opsx"):
+        monkeypatch.setenv("XLA_FLAGS", value)
+        assert choose()[0] == "mosaic_gpu"
 
 
 @pytest.mark.parametrize(
@@ -368,7 +383,7 @@ def test_hopper_takes_the_kernel_where_it_can(monkeypatch):
     ],
 )
 def test_choice_by_device(monkeypatch, capability, head_size, segmented, reason):
-    monkeypatch.setattr(api, "_capability", lambda: capability)
+    monkeypatch.setattr(api, "compute_capability", lambda: capability)
     monkeypatch.setattr(api.mosaic_gpu, "obstacle", lambda *_, **__: "a test")
     name, why = choose_implementation(head_size, jnp.bfloat16, segmented=segmented)
     assert name == ("xla" if reason else "cudnn")
@@ -383,7 +398,7 @@ def test_choice_by_device(monkeypatch, capability, head_size, segmented, reason)
 
 
 def test_packed_documents_run_on_cudnn(monkeypatch):
-    monkeypatch.setattr(api, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(api, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(api.mosaic_gpu, "obstacle", lambda *_, **__: "a test")
     args, _ = make(8, dtype=jnp.bfloat16)
     ids, options = jnp.ones((2, 8), jnp.int32), (True, None)
@@ -392,7 +407,7 @@ def test_packed_documents_run_on_cudnn(monkeypatch):
 
 
 def test_packed_offsets_have_32_bits(monkeypatch):
-    monkeypatch.setattr(api, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(api, "compute_capability", lambda: (9, 0))
 
     def choose(T, N, segmented=True):
         options = {"segmented": segmented, "shape": (1, T, N)}
@@ -426,6 +441,25 @@ def test_bad_shapes(shapes):
     unchecked = inspect.unwrap(attention)  # jaxtyping would be first to complain
     with pytest.raises(ValueError, match="shape"):
         unchecked(*(jnp.ones(s) for s in shapes))
+
+
+@pytest.mark.parametrize("shape", [(2, 16), (1, 8), (2, 4), (8,)])
+def test_segment_ids_of_another_shape(shape):
+    args, _ = make(8)
+    with pytest.raises(ValueError, match=r"segment_ids of .* do not fit"):
+        inspect.unwrap(attention)(*args, segment_ids=jnp.zeros(shape, jnp.int32))
+
+
+@pytest.mark.parametrize("name", ["cudnn", "mosaic_gpu"])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_what_is_asked_for_needs_its_gpu(monkeypatch, name, segmented):
+    args, _ = make(8, dtype=jnp.bfloat16, H=128)
+    ids = jnp.ones((2, 8), jnp.int32) if segmented else None
+    for there, why in ((None, "there is no GPU"), ((7, 5), "compute capability 7.5")):
+        monkeypatch.setattr(api, "compute_capability", lambda there=there: there)
+        monkeypatch.setattr(api.mosaic_gpu, "obstacle", lambda *_, **__: None)
+        with pytest.raises(NotImplementedError, match=f"{name}'.*{why}.*use 'xla'"):
+            attention(*args, segment_ids=ids, implementation=name)
 
 
 @pytest.mark.parametrize(

@@ -409,6 +409,20 @@ def test_a_full_disk_is_reported_and_older_checkpoints_stay(tmp_path):
     assert result.stdout.count(message) == 3
 
 
+def test_an_old_one_that_stays_does_not_unsave_the_new(tmp_path, caplog, monkeypatch):
+    def busy(path, **_):
+        raise OSError(f"{path}: Directory not empty")
+
+    save_steps(tmp_path, 1, keep=1)
+    with monkeypatch.context() as patch, caplog.at_level("WARNING", logger="mst_jax"):
+        patch.setattr("mst_jax.checkpoint.shutil.rmtree", busy)
+        save_steps(tmp_path, 2, keep=1)
+    assert f"{tmp_path}/2 is saved, an older one is still there" in caplog.text
+    assert Checkpoints(tmp_path, keep=1).steps() == [2]
+    save_steps(tmp_path, 3, keep=1)
+    assert os.listdir(tmp_path) == ["3"]
+
+
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with Checkpoints(tmp_path / "file" / "run", keep=1) as checkpoints:

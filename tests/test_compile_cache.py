@@ -62,10 +62,18 @@ def test_jax_s_own_directory_is_respected(tmp_path, no_directory):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
     with compile_cache("auto") as cache:
         compiled(14)
-    assert cache.directory == tmp_path / "own" and [*cache.directory.glob("*-cache")]
+        assert cache.directory == str(tmp_path / "own")
+        assert [*(tmp_path / "own").glob("*-cache")]
     assert "JAX_COMPILATION_CACHE_DIR" in str(cache)
     assert not no_directory.exists()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+
+
+def test_jax_s_own_directory_may_be_a_url(no_directory):
+    jax.config.update("jax_compilation_cache_dir", "gs://bucket/cache")
+    with compile_cache("auto") as cache:
+        assert jax.config.jax_compilation_cache_dir == "gs://bucket/cache"
+        assert "kept in gs://bucket/cache (JAX_COMPILATION" in str(cache)
 
 
 def test_a_named_directory_wins(tmp_path, no_directory):

@@ -232,6 +232,21 @@ BAD = [
         "DataConfig.batch_size=4 must be a multiple of mesh.data * mesh.fsdp = 6",
     ),
     (
+        OptimConfig,
+        {"name": "sgd", "state_on_host": True},
+        "OptimConfig.state_on_host=True needs adamw or lion: sgd has no moments",
+    ),
+    (
+        TrainConfig,
+        {"memory_budget": "80"},
+        "TrainConfig.memory_budget='80' is no size: write for example 120GiB, or 'au",
+    ),
+    (
+        TrainConfig,
+        {"host_memory": "8GiB"},
+        "TrainConfig.host_memory='8GiB' is a limit for the planner: set memory_budget",
+    ),
+    (
         Config,
         {"model": TINY, "train": TrainConfig(steps=10)},
         "OptimConfig.warmup_steps=10 must be below TrainConfig.steps=10",

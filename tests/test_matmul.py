@@ -225,7 +225,7 @@ def test_sum_of_products():
     rounded = errors(want.astype(BF16), want)[0]
     for how in ("xla", "mosaic_gpu"):
         with pytest.MonkeyPatch.context() as patch, interpreted():
-            patch.setattr(core, "_capability", lambda: (9, 0))
+            patch.setattr(core, "compute_capability", lambda: (9, 0))
             got = jax.jit(run, static_argnums=1)(pairs, how)
         assert got.dtype == BF16
         assert errors(got, want)[0] <= 1.01 * rounded + 2e-6
@@ -242,7 +242,7 @@ def test_sum_of_products_says_why_not():
 @needs_pallas
 def test_a_sum_whose_result_no_kernel_writes_is_xlas(monkeypatch):
     # 72 columns, of operands that kernels take.
-    monkeypatch.setattr(core, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(core, "compute_capability", lambda: (9, 0))
     a, b, _ = make(16, 128, 72, "nt")
     want = sum_of_products((a, b), implementation="xla")
     np.testing.assert_array_equal(sum_of_products((a, b)), want)

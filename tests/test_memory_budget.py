@@ -7,7 +7,14 @@ import jax
 import pytest
 
 from mst_jax import memory
-from mst_jax.config import PRESETS, Config, DataConfig, OptimConfig, TrainConfig
+from mst_jax.config import (
+    PRESETS,
+    Config,
+    DataConfig,
+    MeshConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from mst_jax.gpus import GPUS
 
 LLAMA = PRESETS["llama3_8b"]
@@ -59,14 +66,28 @@ def test_nothing_fits():
         memory.fit(config(memory_budget="12GiB", host_memory="64GiB"), LLAMA)
 
 
-def test_host_memory_without_a_budget_is_refused():
-    with pytest.raises(ValueError, match="host_memory='8GiB'.*set memory_budget"):
-        memory.fit(config(host_memory="8GiB"), LLAMA)
+def test_a_budget_is_of_one_device():
+    cfg = config(memory_budget="auto")
+    data = dataclasses.replace(cfg.data, batch_size=2)
+    optim = dataclasses.replace(cfg.optim, in_backward=False)
+    mesh = MeshConfig(fsdp=2)
+    two = dataclasses.replace(cfg, mesh=mesh, data=data, optim=optim)
+    with pytest.raises(NotImplementedError, match="one device, the mesh has .*fsdp=2"):
+        memory.fit(two, LLAMA)
 
 
-def test_a_size_without_a_unit_is_refused():
-    with pytest.raises(ValueError, match="'80'.*120GiB"):
-        memory.fit(config(memory_budget="80"), LLAMA)
+@pytest.mark.parametrize("mesh, replicas", [((1, 2), 1), ((2, 1), 2), ((4, 2), 4)])
+def test_each_replica_has_its_state_on_the_host(mesh, replicas):
+    cfg = config(tokens=4096, plan="offload")
+    lean = {"name": "adamw", "state_on_host": True, "in_backward": False}
+    optim = dataclasses.replace(cfg.optim, **lean)
+    data = dataclasses.replace(cfg.data, batch_size=8)
+    one = dataclasses.replace(cfg, optim=optim, data=data)
+    cfg = dataclasses.replace(one, mesh=MeshConfig(data=mesh[0], fsdp=mesh[1]))
+    host = memory.predict(one, LLAMA, GPUS["h200"]).host
+    assert host["optimizer state"] > host["residuals"] > 0
+    need = host["residuals"] + replicas * host["optimizer state"]
+    assert memory._host_bytes(cfg, LLAMA) == need
 
 
 def test_the_host_pool_is_what_the_plan_needs():
@@ -78,6 +99,9 @@ def test_more_host_memory_than_there_is_is_refused(monkeypatch):
     monkeypatch.setattr(memory, "available_host_bytes", lambda: 20 * memory.GIB)
     with pytest.raises(ValueError, match=r"96\.0 GiB in host memory and 20\.0 GiB"):
         memory.fit(config(tokens=393216, plan="offload"), LLAMA)
+    limits = {"memory_budget": "auto", "host_memory": "4000GiB"}
+    with pytest.raises(ValueError, match=r"host_memory='4000GiB': 20\.0 GiB are free"):
+        memory.fit(config(**limits), LLAMA)
 
 
 def test_out_of_memory_says_what_would_fit(monkeypatch):

@@ -18,13 +18,13 @@ from mst_jax.config import (
 from mst_jax.gpus import GPUS, H200_TARGET, find_gpu
 from mst_jax.gradients import make_plan
 from mst_jax.ops import matmul
+from mst_jax.plan import parse_bytes
 from mst_jax.plan_report import memory_limit
 from mst_jax.planner import (
     GRAIN,
     default_budget,
     fastest_plan,
     longest_sequence,
-    parse_bytes,
 )
 from mst_jax.prediction import GIB, predict
 from mst_jax.step_memory import WORKSPACE, StepMemory

@@ -60,7 +60,8 @@ def test_tables_are_those_of_transformers(name, T):
 
     raw = hf_dict(SCALINGS[name])
     theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(**raw))
-    positions = np.stack([np.arange(T), np.arange(T)[::-1]])
+    backwards = np.arange(T)[::-1] if name != "dynamic" else np.arange(T)
+    positions = np.stack([np.arange(T), backwards])
     want = theirs(torch.zeros(()), torch.from_numpy(positions.copy()))
     rope = model_config_from_hf(hf_dict(SCALINGS[name])).rope
     got = rope_tables(rope, H, jnp.asarray(positions))
@@ -82,16 +83,20 @@ def test_packed_documents_start_at_zero(name):
         np.testing.assert_array_equal(sin[:, span], one_sin[:, :length])
 
 
-def test_dynamic_stretches_by_the_longest_document():
+def test_dynamic_stretches_each_document_by_its_own_length():
     rope = RopeConfig(type="dynamic", factor=2.0, original_max_position=16)
-    plain = RopeConfig(original_max_position=16)
-    short = jnp.tile(jnp.arange(16), 4)[None]  # 64 tokens, no document beyond 16
-    for got, want in zip(
-        rope_tables(rope, H, short), rope_tables(plain, H, short), strict=True
-    ):
-        np.testing.assert_allclose(got, want, atol=1e-5)
-    long = jnp.arange(64)[None]
-    assert abs(rope_tables(rope, H, long)[0] - rope_tables(plain, H, long)[0]).max() > 1
+    lengths = (16, 64, 7, 40)
+    packed = jnp.concatenate([jnp.arange(n) for n in lengths])[None]
+    tables = rope_tables(rope, H, packed)
+    start = 0
+    for n in lengths:
+        alone = jnp.arange(n)[None]
+        for got, want in zip(tables, rope_tables(rope, H, alone), strict=True):
+            np.testing.assert_allclose(got[:, start : start + n], want, atol=1e-5)
+        plain = rope_tables(RopeConfig(original_max_position=16), H, alone)[0]
+        moved = abs(tables[0][:, start : start + n] - plain).max()
+        assert (moved > 0.5) == (n > 16), (n, moved)
+        start += n
 
 
 def test_rotation_keeps_norms_and_depends_on_the_distance():

@@ -95,6 +95,32 @@ def test_sharded_equals_single_device(mesh):
     assert_close(got, gradients(config(**kwargs), batch))
 
 
+@pytest.mark.parametrize("mesh", [(8, 1), (2, 4)])
+def test_replicas_add_up_before_they_round(mesh):
+    # bf16 parameters, whose gradient is bf16 too: one rounding, not one a replica.
+    batch = make_batch(B=8)
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), init_params(MODEL, 0))
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    want = gradients(config(), batch, wide)[2]
+    got = gradients(config(mesh=mesh), batch, params)[2]
+    assert all(g.dtype == jnp.bfloat16 for g in jax.tree.leaves(got))
+    del got["final_norm"], got["lm_head"]  # of the loss, which rounds them itself
+    assert_close(got, {name: want[name] for name in got}, 1.9e-3)
+
+
+@pytest.mark.parametrize("mesh, accumulate", [((1, 1), 1), ((2, 1), 1), ((2, 2), 2)])
+def test_layers_may_all_be_frozen(mesh, accumulate):
+    optim = {"freeze": ("layers",), "name": "sgd", "learning_rate": 0.1}
+    step, state = start(config(mesh=mesh, optim=optim, accumulate=accumulate))
+    before = jax.tree.map(np.array, state["params"])
+    state, _ = step(state, make_batch(A=accumulate, B=8))
+    after = state["params"]
+    jax.tree.map(np.testing.assert_array_equal, after["layers"], before["layers"])
+    for name in ("embed", "lm_head"):
+        (new,), (old,) = (jax.tree.leaves(p[name]) for p in (after, before))
+        assert (new != old).any(), name
+
+
 def test_sharded_step_and_state():
     cfg = config(mesh=(2, 4), optim={"param_dtype": "bfloat16"})
     mesh = make_mesh(cfg.mesh)

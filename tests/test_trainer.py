@@ -267,6 +267,8 @@ def test_sharded_run_is_the_single_device_run(tmp_path, whole):
         ("model", {"num_layers": 3}, "other settings: model was"),
         ("data", {"seed": 5}, "other settings: data.seed was 0, is 5; use"),
         ("data", {"seq_len": 32}, "other settings: data.seq_len was 64, is 32; use"),
+        ("train", {"seed": 5}, "other settings: train.seed was 0, is 5; use"),
+        ("train", {"accumulate": 2}, "other settings: train.accumulate was 1, is 2"),
     ],
 )
 def test_another_run_in_the_same_directory_is_refused(whole, part, change, message):
@@ -409,6 +411,22 @@ def test_export_speaks_of_tokenizers_and_does_not_overwrite(
     assert message.startswith("error: ") and "out is not empty" in message
 
 
+def test_damaged_manifests_are_not_another_version(tmp_path):
+    cfg = in_process(tmp_path, steps=3)
+    train(cfg)
+    for path in Path(cfg.out_dir).glob("checkpoints/*/manifest.json"):
+        path.write_text("{")
+    with pytest.raises(ValueError, match="not a whole checkpoint") as caught:
+        train(cfg)
+    assert "another version" not in str(caught.value)
+
+
+def test_a_signal_in_the_last_step_interrupts_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "stop_signals", lambda: nullcontext(StopAfter(3)))
+    summary = train(in_process(tmp_path, steps=3))
+    assert summary["step"] == 3 and not summary["interrupted"]
+
+
 def test_what_stops_a_run_is_one_line(tmp_path, monkeypatch, capsys):
     def full(cfg):
         raise OSError(28, "No space left on device", cfg.out_dir)
@@ -452,6 +470,17 @@ def test_help_lists_the_recipes(capsys):
         (["--config", "TINY", "--out-dir", f"{__file__}/x"], "cannot hold a run"),
         (["--config", "TINY", "--compile-cache", f"{__file__}/x"], "compile_cache='"),
         (["--config", "TINY", "--train.command-buffers", "all"], "command-buffers"),
+        (
+            [
+                "--config",
+                "TINY",
+                "--train.memory-budget",
+                "4GiB",
+                "--train.plan",
+                "full",
+            ],
+            "--train.plan is what the planner chooses, within train.memory_budget='4G",
+        ),
     ],
 )
 def test_bad_commands(args, message, capsys, tmp_path):

@@ -20,8 +20,8 @@ def rope_tables(
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """Return f32 cos and sin of every token's angles, [B, T, H/2] each.
 
-    'dynamic' stretches the base by the longest position of the batch, as HF does; the
-    others do not depend on the length.
+    'dynamic' stretches the base by the length of a token's document, where positions
+    rise by 1, as HF does for that document alone; the others do not depend on it.
     """
     inv_freq, scale = _frequencies(cfg, head_size, positions)
     angles = positions[..., None].astype(jnp.float32) * inv_freq
@@ -57,11 +57,19 @@ def _frequencies(
         return jnp.asarray(_yarn(cfg, inv_freq, head_size)), scale
     if cfg.type == "dynamic":
         limit = cfg.original_max_position
-        length = jnp.maximum(positions.max() + 1, limit).astype(jnp.float32)
+        length = jnp.maximum(_lengths(positions), limit).astype(jnp.float32)
         stretch = cfg.factor * length / limit - (cfg.factor - 1)
         base = cfg.theta * stretch ** (head_size / (head_size - 2))
-        return 1.0 / base**exponent, 1.0
+        return 1.0 / base[..., None] ** exponent, 1.0
     return jnp.asarray(inv_freq), 1.0
+
+
+def _lengths(positions: jax.Array) -> jax.Array:
+    """Return the length of each token's document, [B, T]."""
+    t = jnp.arange(positions.shape[1])
+    goes_on = positions[:, 1:] == positions[:, :-1] + 1
+    ends = jnp.where(jnp.pad(goes_on, ((0, 0), (0, 1))), len(t), t)
+    return positions + jax.lax.cummin(ends, axis=1, reverse=True) - t + 1
 
 
 def _llama3(cfg: RopeConfig, inv_freq: np.ndarray) -> np.ndarray:

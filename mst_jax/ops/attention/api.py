@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from mst_jax.ops.attention import cudnn, mosaic_gpu, packed, xla
 from mst_jax.ops.attention.packed import Documents, both_forms
+from mst_jax.ops.matmul import compute_capability
 
 IMPLEMENTATIONS = "mosaic_gpu", "cudnn", "xla"
 """Fastest first."""
@@ -40,8 +41,8 @@ def attention(
             `packed`). `find_documents` does once what every call needs of them.
         softcap: scores become cap * tanh(scores / cap).
         implementation: 'mosaic_gpu', kernels of our own for Hopper, whose last bits of
-            dq differ from run to run; 'cudnn'; 'xla'; or None for the first that can
-            here (see `choose_implementation`).
+            dq differ from run to run (forward in cuDNN where that is faster); 'cudnn';
+            'xla'; or None for the first that can here (see `choose_implementation`).
 
     Raises:
         ValueError: shapes that do not fit, a softcap or window that is not positive.
@@ -106,16 +107,16 @@ def _choose(q, k, v, causal, sliding_window, segment_ids, softcap, implementatio
         raise ValueError(f"{sliding_window=} must be at least 1")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"{softcap=} must be positive or None")
-    mask = _Mask(causal, sliding_window, segment_ids is not None, softcap)
-    there = _capability() if mask.segmented else None  # else the compiler will say
+    ids = segment_ids.ids if isinstance(segment_ids, Documents) else segment_ids
+    if ids is not None and ids.shape != q.shape[:2]:
+        raise ValueError(f"segment_ids of {ids.shape} do not fit {q.shape=}: [B, T]")
+    mask = _Mask(causal, sliding_window, ids is not None, softcap)
     if implementation is None:
         implementation, _ = _first(q, mask, None)
     elif implementation not in IMPLEMENTATIONS:
         raise NotImplementedError(f"{implementation=} is none of {IMPLEMENTATIONS}")
-    elif obstacle := _obstacle(implementation, q, mask, there, anywhere=there is None):
-        raise NotImplementedError(
-            f"{implementation!r} attention: {obstacle}; use 'xla'"
-        )
+    elif obstacle := _obstacle(implementation, q, mask, compute_capability()):
+        raise NotImplementedError(f"{implementation=}: {obstacle}; use 'xla'")
     return _How(implementation, causal, sliding_window, softcap)
 
 
@@ -194,9 +195,9 @@ def choose_implementation(
     mask = _Mask(True, sliding_window, segmented, softcap)
     if asked is None:
         return _first(q, mask, capability)
-    if obstacle := _obstacle(asked, q, mask, capability or _capability()):
+    if obstacle := _obstacle(asked, q, mask, capability or compute_capability()):
         raise NotImplementedError(obstacle)
-    return asked, "as asked for"
+    return asked, "as asked for" + mosaic_gpu.forward_note(asked, q, segmented)
 
 
 @dataclass(frozen=True)
@@ -209,33 +210,24 @@ class _Mask:
 
 def _first(q, mask: _Mask, capability) -> tuple[str, str]:
     """Return the first implementation that can, and why none before it."""
-    capability = capability or _capability()
-    why = "this GPU has it"
+    why, capability = "this GPU has it", capability or compute_capability()
     for name in IMPLEMENTATIONS:
         obstacle = _obstacle(name, q, mask, capability)
         if obstacle is None and name == "mosaic_gpu":
             obstacle = mosaic_gpu.not_by_default(q, **vars(mask))
         if obstacle is None:
-            return name, why
+            return name, why + mosaic_gpu.forward_note(name, q, mask.segmented)
         why = f"not {name}: {obstacle}"
     raise AssertionError("xla always can")
 
 
-def _obstacle(name: str, q, mask: _Mask, capability, *, anywhere=False) -> str | None:
-    """Return why an implementation cannot on such a GPU, or not `anywhere`, or None."""
+def _obstacle(name: str, q, mask: _Mask, capability) -> str | None:
+    """Return why an implementation cannot on such a GPU, or None."""
     if name == "xla":
         return None
     kernels = mosaic_gpu if name == "mosaic_gpu" else cudnn
-    reason = kernels.obstacle(q, **vars(mask))
-    if reason or anywhere:
+    if reason := kernels.obstacle(q, **vars(mask)):
         return reason
     if capability is None:
         return f"there is no GPU ({jax.default_backend()})"
     return kernels.device_obstacle(capability, q.shape[-1], segmented=mask.segmented)
-
-
-def _capability() -> tuple[int, int] | None:
-    if jax.default_backend() != "gpu":
-        return None
-    major, minor = jax.local_devices()[0].compute_capability.split(".")
-    return int(major), int(minor)

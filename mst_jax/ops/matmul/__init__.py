@@ -4,6 +4,7 @@ from mst_jax.ops.matmul.api import sum_of_products
 from mst_jax.ops.matmul.epilogue import Epilogue, pallas, part_columns, swizzled
 from mst_jax.ops.matmul.mosaic_gpu import (
     OLDEST_JAX,
+    compute_capability,
     device_obstacle,
     in_place,
     matmul,
@@ -17,6 +18,7 @@ __all__ = [
     "OLDEST_JAX",
     "Epilogue",
     "Tiles",
+    "compute_capability",
     "device_obstacle",
     "in_place",
     "matmul",

@@ -57,7 +57,7 @@ def device_obstacle(capability: tuple[int, int] | None = None) -> str | None:
 
     `capability` is that of another GPU than this process's.
     """
-    capability = capability or _capability()
+    capability = capability or compute_capability()
     if capability is None:
         return f"there is no GPU ({jax.default_backend()})"
     if capability != (9, 0):
@@ -66,7 +66,8 @@ def device_obstacle(capability: tuple[int, int] | None = None) -> str | None:
     return None
 
 
-def _capability() -> tuple[int, int] | None:
+def compute_capability() -> tuple[int, int] | None:
+    """Return this process's GPU's, or None if there is none."""
     if jax.default_backend() != "gpu":
         return None
     major, minor = jax.local_devices()[0].compute_capability.split(".")

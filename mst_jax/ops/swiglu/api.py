@@ -175,7 +175,7 @@ def _backward(how, activation, residuals, dy_MBCD):
     zeros = [jnp.zeros(w.shape, jnp.promote_types(w.dtype, "float32")) for w in weights]
     totals, dx_MBCD = jax.lax.scan(body, zeros, (x_MBCD, dy_MBCD))
     dweights = (t.astype(w.dtype) for t, w in zip(totals, weights, strict=True))
-    return dx_MBCD, *dweights
+    return dx_MBCD.astype(x_MBCD.dtype), *dweights
 
 
 _chunked.defvjp(_forward, _backward)

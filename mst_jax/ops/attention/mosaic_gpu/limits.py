@@ -1,6 +1,7 @@
 """What the kernels can compute, on which GPU, and where they are the best choice."""
 
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def obstacle(q, *, causal, window, segmented, softcap) -> str | None:
     if softcap or not causal:
         return "is causal and has no softcap"
     flags = os.environ.get("XLA_FLAGS", "")
-    if any(f"{flag}=true" in flags for flag in DETERMINISTIC):
+    if re.search(rf"--({'|'.join(DETERMINISTIC)})(=(true|1))?(\s|$)", flags, re.I):
         return "adds up dq in no fixed order, and XLA_FLAGS ask for one"
     return None
 
@@ -43,6 +44,13 @@ def obstacle(q, *, causal, window, segmented, softcap) -> str | None:
 def has_fast_forward(head_size: int) -> bool:
     """Return whether the forward kernel is faster than cuDNN without documents."""
     return REGISTERS_MOVE and head_size == 128
+
+
+def forward_note(name: str, q, segmented: bool) -> str:
+    """Return what to add to why this is the implementation, if cuDNN goes forward."""
+    if name != "mosaic_gpu" or segmented or has_fast_forward(q.shape[-1]):
+        return ""
+    return "; forward in cuDNN, which is faster"
 
 
 def not_by_default(q, *, window, segmented, **_) -> str | None:
