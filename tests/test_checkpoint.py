@@ -15,6 +15,7 @@ import pytest
 import tensorstore
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mst_jax import checkpoint
 from mst_jax.checkpoint import Checkpoints
 
 EXTRA = {"data": {"next": 7, "shard": ["a", 3]}, "lr": 1e-3, "note": "ü"}
@@ -428,3 +429,11 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     with Checkpoints(tmp_path / "file" / "run", keep=1) as checkpoints:
         with pytest.raises(RuntimeError, match=f"step 1 not saved to {tmp_path}/file"):
             checkpoints.save(1, make_state(), {})
+
+
+def test_host_arrays_are_copied_before_they_are_written():
+    device = jax.devices()[0]
+    sharding = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+    assert isinstance(
+        checkpoint._own(jax.device_put(jnp.ones(3), sharding)), np.ndarray
+    )

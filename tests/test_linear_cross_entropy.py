@@ -341,3 +341,29 @@ def _equations(jaxpr):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from _equations(inner)
+
+
+def test_another_ignore_index():
+    x, w, y = make(100)
+    other = jnp.where(y == -100, 7, jnp.where(y == 7, 8, y))
+    got = linear_cross_entropy(x, w, other, chunk_size=32, ignore_index=7)
+    want = plain(x, w, jnp.where(other == 7, -100, other))
+    jax.tree.map(close, got, want)
+
+
+def test_count_is_the_sum_of_the_weights():
+    x, w, y = make(100)
+    weights = jax.random.uniform(jax.random.key(9), y.shape)
+    got = linear_cross_entropy(x, w, y, chunk_size=32, token_weights=weights)
+    jax.tree.map(close, got, plain(x, w, y, weights))
+
+
+@pytest.mark.parametrize(
+    "options", [{"z_loss": 1e-2}, {"logit_softcap": 2.0}, {"label_smoothing": 0.1}]
+)
+def test_token_log_probs_options(options):
+    x, w, y = make(100)
+    losses, log_probs = token_log_probs(x, w, y, chunk_size=33, **options)
+    close(losses.sum(), plain(x, w, y, **options)[0])
+    if "logit_softcap" in options:
+        close(-log_probs.sum(), plain(x, w, y, **options)[0])

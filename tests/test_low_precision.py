@@ -466,3 +466,13 @@ def test_state_goes_through_a_checkpoint(tmp_path):
         restored = checkpointer.restore(tmp_path / "state", shapes)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_noise_differs_between_leaves(dtype):
+    optimizer = low_precision_state(optax.adamw(1e-3), dtype)
+    params = {name: jax.random.normal(jax.random.key(0), (64, 256)) for name in "ab"}
+    _, state = optimizer.update(params, optimizer.init(params), params)
+    mu = state.inner[0].mu
+    codes = [mu[n].codes if dtype == "int8" else mu[n] for n in "ab"]
+    assert (codes[0] != codes[1]).mean() > 0.1

@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mst_jax.config import ModelConfig, OptimConfig
@@ -15,6 +16,7 @@ from mst_jax.optim import (
     init_state,
     join_frozen,
     make_optimizer,
+    make_schedule,
     rewrite,
     split_frozen,
     squared_norm,
@@ -135,3 +137,78 @@ def test_a_known_sum_of_squares_takes_the_place_of_its_leaf():
     assert squared_norm(tree) == 24 + 4 + 5
     assert squared_norm(tree, {"mlp": {"w": jnp.float32(7)}}) == 7 + 4 + 5
     assert squared_norm({}) == 0
+
+
+def test_bf16_updates_add_up():
+    cfg = OptimConfig(
+        name="sgd",
+        learning_rate=1e-4,
+        weight_decay=0.0,
+        clip_norm=None,
+        warmup_steps=0,
+        schedule="constant",
+    )
+    optimizer = make_optimizer(cfg, 100)
+    params = {"w": jnp.ones((64, 64), jnp.bfloat16)}
+    state = optimizer.init({"w": jnp.ones((64, 64))})
+    for i in range(50):
+        params, state = update_one(
+            optimizer,
+            params,
+            {"w": jnp.ones((64, 64))},
+            state,
+            scale=jnp.float32(1),
+            key=jax.random.key(i),
+        )
+    moved = 1 - np.asarray(params["w"], np.float64)
+    assert abs(moved.mean() / 50e-4 - 1) < 0.1
+
+
+def test_schedules_between():
+    values = [
+        float(
+            make_schedule(
+                OptimConfig(schedule=s, warmup_steps=10, learning_rate=1.0), 110
+            )(35)
+        )
+        for s in ("cosine", "linear", "constant")
+    ]
+    np.testing.assert_allclose(
+        values, [0.1 + 0.45 * (1 + 0.5**0.5), 0.775, 1.0], rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd"])
+def test_matrices_decay_and_norms_do_not(name):
+    cfg = OptimConfig(
+        name=name,
+        learning_rate=0.1,
+        weight_decay=0.5,
+        warmup_steps=0,
+        schedule="constant",
+    )
+    optimizer = make_optimizer(cfg, 10)
+    params = {"w": jnp.ones((4, 4)), "norm": jnp.ones(4)}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["w"], -0.05, rtol=1e-5)
+    assert (updates["norm"] == 0).all()
+
+
+def test_adamw_takes_every_number_of_the_config():
+    cfg = OptimConfig(
+        learning_rate=0.1, b1=0.5, b2=0.7, eps=0.3, warmup_steps=0, schedule="constant"
+    )
+    ours, theirs = (
+        make_optimizer(cfg, 10),
+        optax.adamw(0.1, b1=0.5, b2=0.7, eps=0.3, weight_decay=cfg.weight_decay),
+    )
+    params = {"w": jnp.ones((4, 4))}
+    states = [o.init(params) for o in (ours, theirs)]
+    for size in (1.0, -0.2):
+        g = {"w": jnp.full((4, 4), size)}
+        found = [
+            o.update(g, s, params) for o, s in zip((ours, theirs), states, strict=True)
+        ]
+        states = [s for _, s in found]
+        np.testing.assert_allclose(found[0][0]["w"], found[1][0]["w"], rtol=1e-5)

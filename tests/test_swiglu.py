@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mst_jax.ops.swiglu import choose_implementation, mlp_forward, swiglu
+from mst_jax.ops.swiglu.xla import gated
 
 D, F = 16, 40
 
@@ -86,3 +87,12 @@ def test_this_machine_is_the_obstacle():
     assert swiglu(*args).shape == (1, 8, 64)
     name, reason = choose_implementation(jnp.bfloat16, 64, 64, rows=8)
     assert name == "xla" and re.search(because, reason)
+
+
+def test_gelus():
+    x = jnp.linspace(-4, 4, 101)
+    one = jnp.ones_like(x)
+    erf = x * (1 + jax.lax.erf(x / 2**0.5)) / 2
+    tanh = x * (1 + jnp.tanh((2 / jnp.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2
+    np.testing.assert_allclose(gated("gelu", x, one), erf, atol=1e-5)
+    np.testing.assert_allclose(gated("gelu_tanh", x, one), tanh, atol=1e-5)
