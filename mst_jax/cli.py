@@ -1,5 +1,6 @@
 """Command lines: `train.py --config RECIPE [overrides]`, `mst-jax export`, `plan`."""
 
+import ast
 import importlib.util
 import os
 import subprocess
@@ -67,12 +68,16 @@ def load_recipe(path: str | Path) -> Config:
         beside = sorted(str(p) for p in path.parent.glob("*.py"))
         raise FileNotFoundError(f"no recipe {path}; there are {beside}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is no recipe: a .py file with get_config()")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{path} has no get_config()")
-    cfg = module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ValueError(f"{path} has no get_config()")
+        cfg = module.get_config()
+    except (SyntaxError, TypeError) as error:  # a field that does not exist, say
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
     if not isinstance(cfg, Config):
         raise ValueError(f"{path}: get_config() returned {type(cfg).__name__}")
     return cfg
@@ -108,7 +113,8 @@ def _split_config(args: list[str]) -> tuple[str | None, list[str]]:
 def _usage(recipes: Path) -> str:
     lines = ["usage: python train.py --config RECIPE [overrides]", "", "recipes:"]
     for path in sorted(recipes.glob("*.py")):
-        first = path.read_text().split('"""')[1].strip().splitlines()[0]
+        about = ast.get_docstring(ast.parse(path.read_text())) or ""
+        first = about.partition("\n")[0]
         lines.append(f"  {path.parent.name}/{path.name:<16} {first}")
     lines += ["", "python train.py --config RECIPE --help lists every option."]
     return "\n".join(lines)
@@ -164,6 +170,11 @@ def export(args: Export) -> None:
         print("without tokenizer files: the tokens are bytes")
     elif tokenizer is None:
         print(f"without tokenizer files: those of {cfg.tokenizer!r} are not here")
+    elif not any((args.out / name).exists() for name in hf.VOCABULARIES):
+        print(
+            f"without the tokenizer's vocabulary: {tokenizer} has none of "
+            f"{', '.join(hf.VOCABULARIES)}"
+        )
 
 
 def _tokenizer_dir(cfg: Config, source: str | None) -> str | None:
@@ -250,6 +261,8 @@ def plan(args: Plan, overrides: list[str]) -> None:
     """
     from mst_jax.compile_only import compile_step
     from mst_jax.gpus import find_gpu
+    from mst_jax.hf import param_shapes
+    from mst_jax.optim import check_frozen
     from mst_jax.plan import parse_bytes
     from mst_jax.plan_report import report
     from mst_jax.planner import default_budget
@@ -265,6 +278,7 @@ def plan(args: Plan, overrides: list[str]) -> None:
         f"Options that override {args.config}, beside those of `mst-jax plan --help`.",
     )  # fmt: skip
     model = _model_of(cfg)
+    check_frozen(param_shapes(model), cfg.optim.freeze)
     device = default_budget(gpu)
     if args.device_memory is not None:
         device = parse_bytes(args.device_memory)

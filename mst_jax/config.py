@@ -126,7 +126,7 @@ class OptimConfig:
                 f"needs adamw or lion: {self.name} has no moments of whole parameters"
             )
             if self.moment_dtype != "float32":
-                fail(self, "moment_dtype", rest)
+                fail(self, "moment_dtype", f"{rest}; set it to 'float32'")
             if self.state_on_host:
                 fail(self, "state_on_host", rest)
         for name in ("b1", "b2"):

@@ -342,6 +342,8 @@ def _load_tokenizer(name: str) -> tuple[Encode, int]:
     eos = tokenizer.eos_token_id
 
     def encode(texts: list[str]) -> list[np.ndarray]:
+        # Half a surrogate pair, as scraped JSON has, is no text to a tokenizer.
+        texts = [text.encode(errors="replace").decode() for text in texts]
         ids = tokenizer(texts, verbose=False)["input_ids"]
         ends = [[eos] if eos is not None and row[-1:] != [eos] else [] for row in ids]
         return [

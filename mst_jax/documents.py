@@ -182,6 +182,8 @@ def _read_npy(path: Path) -> Iterator[np.ndarray]:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (EOFError, ValueError) as error:
         raise ValueError(f"{path} is no .npy array of integers: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path} is an archive of arrays (.npz): save each as .npy")
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
         raise ValueError(
             f"{path} has dtype={array.dtype.name} and shape={array.shape}; it must "

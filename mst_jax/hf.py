@@ -61,8 +61,11 @@ _PIECE = 2**25  # bytes of one read
 _AHEAD = 8  # pieces that are read before they are needed
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "tokenizer.model", "chat_template.jinja",
+    "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
+    "chat_template.jinja",
 )  # fmt: skip
+VOCABULARIES = "tokenizer.json", "tokenizer.model", "vocab.json"
+"""One of which every tokenizer has."""
 
 
 def _names(cfg: ModelConfig) -> Iterator[tuple[_Name, tuple[int, ...]]]:
@@ -106,7 +109,7 @@ def resolve(name_or_dir: str) -> Path:
     if path.is_dir():
         return path
     # Subdirectories hold the same weights once more, in other formats.
-    wanted = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
+    wanted = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "*.jinja"]
     try:
         return Path(snapshot_download(
             name_or_dir, allow_patterns=wanted, ignore_patterns=["*/*"],

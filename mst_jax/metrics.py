@@ -157,7 +157,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return rows
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
 
 
 def plot_loss(rows: list[dict[str, Any]], path: Path, *, floor: float | None) -> None:

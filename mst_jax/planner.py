@@ -415,7 +415,10 @@ def _changes(cfg: Config, host_bytes: int) -> Iterator[tuple[str | None, Config,
     for key, value in options.items():
         if getattr(optim, key) == value:
             continue
-        extra = {"moment_dtype": "float32"} if key == "name" else {}
-        changed = replace(cfg, optim=replace(optim, **{key: value}, **extra))
-        yield f"optim.{key}={value!r}", changed, host_bytes
+        new = {key: value}
+        if key == "name":  # it has no moments
+            lean = {"moment_dtype": "float32", "state_on_host": False}
+            new |= {k: v for k, v in lean.items() if getattr(optim, k) != v}
+        text = ", ".join(f"optim.{k}={v!r}" for k, v in new.items())
+        yield text, replace(cfg, optim=replace(optim, **new)), host_bytes
     yield None, cfg, 2**60

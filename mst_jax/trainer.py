@@ -5,6 +5,7 @@ interrupted saves first; the same command again resumes from the newest whole ch
 and, on a CPU, ends bit for bit where an uninterrupted run would have.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -75,7 +76,8 @@ def train(cfg: Config) -> dict[str, Any]:
     """
     console = Console()
     run = _Run(cfg, console)
-    with run.checkpoints, compile_cache(run.cfg.compile_cache) as cache:
+    choice = run.cfg.compile_cache
+    with compile_cache(choice) as cache, alone(run.out), run.checkpoints:
         return run.loop(cache)
 
 
@@ -218,11 +220,13 @@ class _Run:
 
     def loop(self, cache: CompileCache) -> dict[str, Any]:
         cfg, out = self.cfg, self.out
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(to_dict(cfg), indent=2))
         start, state = self.initial_state()
         if start >= cfg.train.steps:
             self.console.print(f"{out} already has all {cfg.train.steps} steps")
+            if (done := _summary(out)).get("step") == start:
+                self._last_words(done)
+                return done
+        (out / "config.json").write_text(json.dumps(to_dict(cfg), indent=2))
         step_fn = make_train_step(cfg, self.model, self.mesh)
         eval_fn = make_eval_step(cfg, self.model, self.mesh)
         for line in describe(cfg, self.model, self.data, cache):
@@ -334,8 +338,10 @@ class _Run:
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console) as bar:
-            task = bar.add_task("", total=self.cfg.train.steps, completed=start)
+        total = self.cfg.train.steps
+        live = self.console.is_terminal or self.console.is_jupyter
+        with Progress(*columns, console=self.console, disable=not live) as bar:
+            task = bar.add_task("", total=total, completed=start)
 
             def show(step: int, values: dict[str, Any]) -> None:
                 text = f"loss {values['loss']:.4f}"
@@ -347,6 +353,9 @@ class _Run:
                 if values.get("peak_memory_bytes"):
                     text += f"  {values['peak_memory_bytes'] / 2**30:.1f} GiB"
                 bar.update(task, completed=step, description=text)
+                if not live:  # a log file
+                    line = f"step {step}/{total} {text}"
+                    self.console.print(line, highlight=False, soft_wrap=True)
 
             yield show
 
@@ -372,9 +381,39 @@ def _identity(cfg: Config) -> dict[str, Any]:
     data = replace(cfg.data, tokenizer=cfg.tokenizer, source=source)
     values = to_dict(replace(cfg, data=data))
     found = {"init_from": cfg.init_from, "model": values["model"]}
+    values["optim"]["freeze"] = sorted(cfg.optim.freeze)
     for part in ("data", "optim"):
         found |= {f"{part}.{key}": value for key, value in values[part].items()}
     return found | {f"train.{k}": values["train"][k] for k in ("accumulate", "seed")}
+
+
+def _summary(out: Path) -> dict[str, Any]:
+    """Return what the run that ended here has written, or nothing."""
+    try:
+        return json.loads((out / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Hold a run's directory, which is made.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process trains in {directory}: wait for it, or use another "
+                "--out-dir"
+            ) from None
+        except OSError as error:  # not every network file system has locks
+            logger.warning("%s is not locked against other runs: %s", directory, error)
+        yield
 
 
 def check_writable(directory: Path) -> None:

@@ -92,3 +92,30 @@ def test_mistyped_option_is_suggested(capsys):
         train_main(ROOT / "configs", ["--config", tiny, "--train.stepz", "3"])
     captured = capsys.readouterr()
     assert "--train.steps" in captured.err + captured.out
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.md", "", "is no recipe: a .py file"),
+        ("a.py", "x = 1", "has no get_config"),
+        ("a.py", "def get_config(:", "SyntaxError"),
+        (
+            "a.py",
+            "from mst_jax.config import DataConfig\n"
+            "def get_config():\n    return DataConfig(seq_length=4)",
+            "got an unexpected keyword argument 'seq_length'",
+        ),
+    ],
+)
+def test_what_is_no_recipe(name, text, message, tmp_path, capsys):
+    path = tmp_path / name
+    path.write_text(text)
+    assert train_main(tmp_path, ["--config", str(path)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_recipe_need_not_say_what_it_is(tmp_path, capsys):
+    (tmp_path / "plain.py").write_text("x = 1")
+    assert train_main(tmp_path, ["--help"]) == 0
+    assert "plain.py" in capsys.readouterr().out

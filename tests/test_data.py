@@ -4,6 +4,7 @@ import itertools
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import grain
 import numpy as np
@@ -337,6 +338,9 @@ def test_hf_tokenizer_ends_documents_with_eos(tmp_path):
     assert {tuple(t) for t in eval_texts(data)} <= {tuple(d) for d in documents}
     with pytest.raises(ValueError, match=r"token id \d+ .*at least \d+, but vocab_siz"):
         load_data(cfg, len(vocab) - 30)
+    (tmp_path / "half.jsonl").write_text('{"body": "a \\ud800 b"}\n' * 30)
+    half = replace(cfg, source=str(tmp_path / "half.jsonl"))
+    assert load_data(half, len(vocab)).num_tokens > 0  # half a surrogate pair
     with pytest.raises(ValueError, match="tokenizer='.*nowhere' is neither 'bytes'"):
         load_data(config(path, tokenizer=str(tmp_path / "nowhere")), None)
 
@@ -440,6 +444,7 @@ def test_missing_file(tmp_path):
         ("x.jsonl", b'\n{"text": 5}', "x.jsonl:2: field 'text' is 5, not a string"),
         ("x.parquet", b"no parquet", "x.parquet is not Parquet"),
         ("x.npy", b"", "x.npy is no .npy array"),
+        ("x.npy", "archive", "x.npy is an archive of arrays"),
         ("x.npy", np.zeros(9), r"x.npy has dtype=float64 and shape=\(9,\)"),
         ("x.npy", np.zeros((2, 2, 2), int), r"dtype=int64 and shape=\(2, 2, 2\)"),
         ("x.npy", np.array([1, -3]), "x.npy has the negative token id -3"),
@@ -451,6 +456,9 @@ def test_missing_file(tmp_path):
 def test_errors_name_the_value_and_the_way_out(tmp_path, name, content, message):
     if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
+    elif isinstance(content, str):
+        np.savez(tmp_path / "x.npz", np.arange(3))
+        (tmp_path / "x.npz").rename(tmp_path / name)
     else:
         np.save(tmp_path / name, content)
     with pytest.raises(ValueError, match=message):

@@ -104,6 +104,7 @@ def test_command_refuses(monkeypatch, capsys, tmp_path):
         (("--host-memory", "1.2.3GiB"), "'1.2.3GiB' is no size"),
         (("--data.seq_len=9",), "--data.seq-len is what the plan chooses: give --seq-"),
         (("--train.no-prefetch",), "--train.no-prefetch is what the plan chooses: lea"),
+        (("--optim.freeze", "nolayers"), "freeze='nolayers' names no parameter"),
     ],
 )
 def test_command_refuses_before_any_work(monkeypatch, capsys, wrong, message):

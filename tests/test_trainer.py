@@ -409,6 +409,28 @@ def test_export_speaks_of_tokenizers_and_does_not_overwrite(
     assert message.startswith("error: ") and "out is not empty" in message
 
 
+def test_a_directory_has_one_run_at_a_time(tmp_path):
+    cfg = in_process(tmp_path, steps=3)
+    with trainer.alone(Path(cfg.out_dir)):
+        with pytest.raises(ValueError, match="another process trains in .*run"):
+            train(cfg)
+    assert train(cfg)["step"] == 3
+
+
+def test_a_finished_run_keeps_its_record(tmp_path, capsys):
+    cfg = in_process(tmp_path, steps=3)
+    summary = train(cfg)
+    # No terminal: a line for each step that is logged.
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:8] for line in lines if line.startswith("step ")][0] == "step 1/3"
+    files = [Path(cfg.out_dir) / name for name in ("summary.json", "config.json")]
+    before = [path.read_text() for path in files]
+    other = dataclasses.replace(cfg.train, compute_dtype="bfloat16")
+    assert train(dataclasses.replace(cfg, train=other)) == summary
+    assert [path.read_text() for path in files] == before
+    assert "already has all 3 steps" in capsys.readouterr().out
+
+
 def test_damaged_manifests_are_not_another_version(tmp_path):
     cfg = in_process(tmp_path, steps=3)
     train(cfg)
