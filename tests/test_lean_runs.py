@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from test_trainer import config, final_params, finish, losses, start, wait_for_step
+from test_trainer import config, final_params, finish, kill_and_finish, losses
 
 from mst_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from mst_jax.data import load_data
@@ -89,12 +89,7 @@ def lean(directory, out):
 def test_kill_9_and_resume_with_everything_offloaded(tmp_path):
     whole, killed = lean(tmp_path, "whole"), lean(tmp_path, "killed")
     finish(whole, tmp_path)
-    process = start(killed, tmp_path)
-    wait_for_step(killed, 5, process)
-    process.kill()
-    process.communicate()
-    output = finish(killed, tmp_path)
-    assert "resumed from step" in output or "already has all" in output
+    assert "resumed from step" in kill_and_finish(killed, 2, tmp_path)
     assert losses(killed) == losses(whole)
     (step, got), (_, want) = final_params(killed), final_params(whole)
     assert step == 8

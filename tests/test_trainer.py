@@ -111,6 +111,17 @@ def wait_for_step(cfg, step, process):
     raise AssertionError("no such step in time")
 
 
+def kill_and_finish(cfg, saved, directory):
+    """Kill a run that has a checkpoint of step `saved`; return what the next one says."""
+    process = start(cfg, directory)
+    wait_for_step(cfg, saved, process)
+    while not (Path(cfg.out_dir) / "checkpoints" / str(saved)).exists():
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    return finish(cfg, directory)
+
+
 def losses(cfg):
     rows = read_metrics(Path(cfg.out_dir) / "metrics.jsonl")
     assert [r["step"] for r in rows] == list(range(1, len(rows) + 1))
@@ -154,13 +165,7 @@ def test_a_whole_run_leaves_everything(whole):
 @pytest.mark.parametrize("saved", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_kill_9_and_resume_is_bit_equal(saved, tmp_path, whole):
     cfg = config(tmp_path)
-    process = start(cfg, tmp_path)
-    wait_for_step(cfg, saved, process)
-    while not (Path(cfg.out_dir) / "checkpoints" / str(saved)).exists():
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert "resumed from step" in finish(cfg, tmp_path)
+    assert "resumed from step" in kill_and_finish(cfg, saved, tmp_path)
     assert_same_run(cfg, whole)
 
 
