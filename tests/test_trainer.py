@@ -112,7 +112,7 @@ def wait_for_step(cfg, step, process):
 
 
 def kill_and_finish(cfg, saved, directory):
-    """Kill a run that has a checkpoint of step `saved`; return what the next one says."""
+    """Kill a run once it has saved a step; return what the next one prints."""
     process = start(cfg, directory)
     wait_for_step(cfg, saved, process)
     while not (Path(cfg.out_dir) / "checkpoints" / str(saved)).exists():
