@@ -136,9 +136,7 @@ class StepMemory:
 
     def _moves(self, shape: tuple[int, ...]) -> bool:
         """Whether a layer's parameter of this shape has its moments on the host."""
-        optim = self.cfg.optim
-        whole = optim.name != "adafactor" or not _is_factored(shape)
-        return optim.state_on_host and len(shape) > 1 and whole
+        return self.cfg.optim.state_on_host and len(shape) > 1
 
     def _frozen(self, name: str) -> bool:
         return any(is_below(name, path) for path in self.cfg.optim.freeze)

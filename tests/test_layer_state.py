@@ -112,7 +112,7 @@ IN_BACKWARD = {"in_backward": True, "clip": "layer"}
         ({**IN_BACKWARD, "name": "lion", "freeze": ("layers/mlp",)}, {}, None),
         ({**IN_BACKWARD, "freeze": ("layers",)}, {}, None),
         ({"param_dtype": "bfloat16", "moment_dtype": "int8"}, {}, None),
-        ({"name": "adafactor"}, {"accumulate": 2}, None),
+        ({"name": "lion"}, {"accumulate": 2}, None),
         ({}, {}, (2, 2)),
     ],
 )
