@@ -14,7 +14,6 @@ fit is left out, and said.
 
 import argparse
 import dataclasses
-import re
 import statistics
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from arguments import positive
+from trace_program import Program
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 60
@@ -29,10 +29,6 @@ UNROLL = "xla_gpu_command_buffer_unroll_loops"
 SETTINGS = ("default", "step", "loops", "off")
 """Of TrainConfig.command_buffers, and 'loops': XLA's own loops in a command buffer.
 The most telling come first, since time may run out."""
-NOT_LAUNCHED = {
-    "add-dependency", "after-all", "bitcast", "constant", "get-tuple-element",
-    "opt-barrier", "parameter", "partition-id", "replica-id", "tuple",
-}  # fmt: skip
 
 
 def count_launches(hlo: str) -> Counter[str]:
@@ -41,37 +37,10 @@ def count_launches(hlo: str) -> Counter[str]:
     `loops` are those whose number of iterations XLA does not know: the host waits for
     the device before each, and their bodies are counted once.
     """
-    bodies: dict[str, list[str]] = {}
-    lines: list[str] = []
-    entry = ""
-    for line in hlo.splitlines():
-        if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
-            lines = bodies[head[2]] = []
-            entry = head[2] if head[1] else entry
-        else:
-            lines.append(line)
-    found: Counter[str] = Counter()
-
-    def walk(name: str, times: int) -> None:
-        for line in bodies[name]:
-            match = re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = .*? ([a-z][a-z\-]*)\(", line)
-            kind = match[1] if match else "parameter"
-            if kind in NOT_LAUNCHED or kind.endswith("-done"):
-                continue
-            if kind == "while":
-                known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-                found["loops"] += 0 if known else times
-                body = re.search(r"body=%?([\w.\-]+)", line)
-                assert body is not None
-                walk(body[1], times * int(known[1]) if known else times)
-            elif kind == "call":
-                called = re.search(r"to_apply=%?([\w.\-]+)", line)
-                assert called is not None
-                walk(called[1], times)
-            else:
-                found[kind] += times
-
-    walk(entry, 1)
+    program, found = Program(hlo), Counter[str]()
+    for name, times in program.launches.items():
+        found[program.by_name[name].opcode] += times
+    found["loops"] = program.endless
     return +found
 
 

@@ -129,6 +129,7 @@ class Program:
         name = re.match(r"HloModule ([\w.\-]+)", hlo)
         self.name = name[1] if name else ""
         self._around: dict[str, tuple[str, ...]] = {}
+        self._endless = 0
         self.by_name = {i.name: i for c in self.computations.values() for i in c}
 
     @cached_property
@@ -144,6 +145,7 @@ class Program:
                 if one.opcode == "while":
                     known = re.search(r'known_trip_count":\{"n":"(\d+)"', one.rest)
                     times_in = times * int(known[1]) if known else times
+                    self._endless += 0 if known else times
                     walk(one.called("body"), times_in, (one.scope, *around))
                 elif one.opcode == "call":
                     walk(one.called("to_apply"), times, around)
@@ -153,6 +155,11 @@ class Program:
 
         walk(self.entry, 1, ())
         return found
+
+    @property
+    def endless(self) -> int:
+        """Times that a loop begins whose number of iterations XLA does not know."""
+        return self._endless if self.launches else 0
 
     @cached_property
     def costs(self) -> dict[str, Cost]:
