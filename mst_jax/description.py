@@ -1,7 +1,6 @@
 """What a run says at its start: model, data, plan, what computes each op and why."""
 
 import jax
-import jax.numpy as jnp
 
 from mst_jax.chunk_loop import loop_chunks
 from mst_jax.compile_cache import CompileCache
@@ -9,6 +8,7 @@ from mst_jax.config import Config, ModelConfig
 from mst_jax.data import Data
 from mst_jax.gradients import (
     attention_implementation,
+    head_implementation,
     layer_chunk_size,
     make_plan,
     mlp_implementation,
@@ -33,23 +33,10 @@ def implementations(cfg: Config, model: ModelConfig) -> dict[str, tuple[str, str
     """
     return {
         "attention": attention_implementation(cfg, model, local_batch(cfg)),
-        "head, loss": _head(cfg, model),
+        "head, loss": head_implementation(cfg, model),
         "mlp": _mlp(cfg, model),
         "norm, rope": ("xla", "elementwise, which XLA fuses"),
     }
-
-
-def _head(cfg: Config, model: ModelConfig) -> tuple[str, str]:
-    what = model.hidden_size, jnp.dtype(cfg.train.compute_dtype)
-    if asked := cfg.train.asked_implementation:
-        name, reason = linear_cross_entropy.choose_implementation(*what)
-        if asked == "mosaic_gpu" != name:
-            raise NotImplementedError(
-                f"TrainConfig.implementation={asked!r} cannot compute the LM head's "
-                f"loss: {reason}; set it to 'auto' or 'xla'"
-            )
-        return asked, ASKED
-    return linear_cross_entropy.choose_implementation(*what)
 
 
 def _mlp(cfg: Config, model: ModelConfig) -> tuple[str, str]:

@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from mst_jax.config import Config, ModelConfig
 from mst_jax.layer import Context, layer_forward
 from mst_jax.mini_sequence import ROW_MULTIPLE
-from mst_jax.ops import attention, swiglu
+from mst_jax.ops import attention, linear_cross_entropy, swiglu
 from mst_jax.ops.attention import find_documents
-from mst_jax.ops.linear_cross_entropy import linear_cross_entropy
 from mst_jax.ops.rms_norm import rms_norm
 from mst_jax.ops.rope import rope_tables
 from mst_jax.optim import join_frozen, split_frozen
@@ -120,7 +119,7 @@ def _loss(
         hidden = rms_norm(y, rest["final_norm"]["scale"], eps=model.rms_norm_eps)
     tied = model.tie_embeddings
     weight = rest["embed"]["embedding"] if tied else rest["lm_head"]["kernel"]
-    return linear_cross_entropy(
+    return linear_cross_entropy.linear_cross_entropy(
         hidden, weight, labels, chunk_size=cfg.train.loss_chunk_size,
         vocab_chunk_size=cfg.train.vocab_chunk_size,
         implementation=cfg.train.asked_implementation, transposed=tied,
@@ -201,6 +200,30 @@ def mlp_implementation(
         jnp.dtype(cfg.train.compute_dtype), model.hidden_size, model.intermediate_size,
         rows=rows, capability=capability,
     )  # fmt: skip
+
+
+def head_implementation(
+    cfg: Config, model: ModelConfig, capability: tuple[int, int] | None = None
+) -> tuple[str, str]:
+    """Return what computes the LM head's loss on a device, and why.
+
+    Args:
+        cfg, model: the run.
+        capability: of the GPU, if it is not this machine's.
+
+    Raises:
+        NotImplementedError: it was asked for by name, and cannot; with the way out.
+    """
+    name, why = linear_cross_entropy.choose_implementation(
+        model.hidden_size, jnp.dtype(cfg.train.compute_dtype), capability=capability
+    )
+    asked = cfg.train.asked_implementation
+    if asked == "mosaic_gpu" != name:
+        raise NotImplementedError(
+            f"TrainConfig.implementation={asked!r} cannot compute the LM head's loss: "
+            f"{why}; set it to 'auto' or 'xla'"
+        )
+    return (asked, "as asked for") if asked else (name, why)
 
 
 @jax.named_scope("embed")

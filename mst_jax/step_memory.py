@@ -45,13 +45,12 @@ from copy import copy
 from functools import cache
 from math import prod
 
-import jax.numpy as jnp
-
 from mst_jax.chunk_loop import loop_chunks
 from mst_jax.config import Config, ModelConfig
 from mst_jax.gpus import Gpu
 from mst_jax.gradients import (
     attention_implementation,
+    head_implementation,
     layer_chunk_size,
     make_plan,
     mlp_implementation,
@@ -98,7 +97,9 @@ class StepMemory:
         size, rest = loop_chunks(T, layer_chunk_size(cfg, model, B, T))
         self.C, rest = B * size, B * rest
         self.ragged = rest > 0
-        self.head_kernels = head_implementation(cfg, model, gpu) == "mosaic_gpu"
+        self.head_kernels = (
+            head_implementation(cfg, model, gpu.capability)[0] == "mosaic_gpu"
+        )
         self.vocab_chunk = min(cfg.train.vocab_chunk_size or 0, self.V)
         size = cfg.train.loss_chunk_size or default_loss_chunk(cfg, model, gpu)
         self.C_loss = B * split_length(T, size)[1]
@@ -375,18 +376,9 @@ def has_layer_kernels(
     return (asked or name) == "mosaic_gpu"
 
 
-def head_implementation(cfg: Config, model: ModelConfig, gpu: Gpu) -> str:
-    """Return what computes the LM head's loss on a GPU: 'mosaic_gpu' or 'xla'."""
-    dtype = jnp.dtype(cfg.train.compute_dtype)
-    name, _ = linear_cross_entropy.choose_implementation(
-        model.hidden_size, dtype, capability=gpu.capability
-    )
-    return "xla" if cfg.train.asked_implementation == "xla" else name
-
-
 def default_loss_chunk(cfg: Config, model: ModelConfig, gpu: Gpu) -> int:
     """Return the tokens of the head's chunk that `loss_chunk_size=None` stands for."""
-    how = head_implementation(cfg, model, gpu)
+    how, _ = head_implementation(cfg, model, gpu.capability)
     return linear_cross_entropy.loss_chunk_size(
         cfg.data.batch_size, model.vocab_size, how
     )

@@ -127,7 +127,7 @@ def test_chunks_are_those_that_kernels_take(monkeypatch):
 def test_kernels_that_the_gpu_lacks_are_refused(monkeypatch):
     monkeypatch.setattr(matmul.mosaic_gpu, "OLDEST_JAX", (0, 0, 0))
     cfg = config(8192, implementation="mosaic_gpu")
-    why = "implementation='mosaic_gpu': compute capability 8.0 is not 9.0"
+    why = "the LM head's loss: compute capability 8.0 is not 9.0"
     for plan in (predict, fastest_plan, longest_sequence):
         with pytest.raises(NotImplementedError, match=why):
             plan(cfg, LLAMA, GPUS["a100-80gb"])

@@ -205,7 +205,7 @@ def test_the_wait_for_state_on_the_host_is_the_measured_one(tokens, moments, mea
     whole = {"plan": "none", "mlp_chunk_size": 0, "loss_chunk_size": tokens}
     p = predict(config(tokens, model=model, optim=optim, **whole), model, H200)
     # One run each, an H200; cards differ by 2% of a step (docs/LOG.md).
-    assert p.seconds["host link"] == pytest.approx(measured, abs=0.01)
+    assert p.seconds["host link"] == pytest.approx(measured, abs=0.015)
 
 
 # What computes attention: (tokens, plan, chunk of the layers, head groups, products,
