@@ -146,6 +146,17 @@ def _weight_files(directory: Path) -> list[Path]:
     return files
 
 
+def check_weights(directory: str | Path, cfg: ModelConfig) -> dict[str, "_Tensor"]:
+    """Return where each of a model's tensors is; reads the files' headers only.
+
+    Raises:
+        ValueError, FileNotFoundError: see `load_params`.
+    """
+    found = _tensors_of(_weight_files(Path(directory)))
+    _check(found, cfg, Path(directory))
+    return found
+
+
 class _Tensor(NamedTuple):
     file: Path
     offset: int  # of its first byte
@@ -288,8 +299,7 @@ def load_params(
     if wrong := placed.keys() ^ {name.path for name, _ in _names(cfg)}:
         raise ValueError(f"shardings and params differ in {sorted(wrong)}")
 
-    found = _tensors_of(_weight_files(directory))
-    _check(found, cfg, directory)
+    found = check_weights(directory, cfg)
     shards: dict[str, dict[Any, jax.Array]] = {}
     reads: deque[tuple[_Piece, Future]] = deque()
     sent: deque[jax.Array] = deque()

@@ -100,6 +100,8 @@ class _Run:
         self.mesh = make_mesh(cfg.mesh)
         self.checkpoints = Checkpoints(self.out / "checkpoints", keep=cfg.train.keep)
         self._check_same_run()
+        if self.source and self.checkpoints.latest() is None:
+            hf.check_weights(self.source, self.model)
         data = replace(cfg.data, tokenizer=cfg.tokenizer)
         self.data = load_data(data, self.model.vocab_size)
         self._check_same_data()

@@ -344,6 +344,17 @@ def test_hf_in_and_out(tmp_path):
         export(Export(checkpoint=Path(cfg.out_dir), out=tmp_path / "back"))
 
 
+def test_weights_are_checked_before_the_data_is_read(tmp_path, monkeypatch):
+    cfg = config(tmp_path, steps=3)
+    hf.export_hf(init_params(cfg.model, 0), cfg.model, tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    cfg = dataclasses.replace(cfg, model=None, init_from=str(tmp_path / "hf"))
+    monkeypatch.setattr(trainer, "load_data", lambda *_: pytest.fail("read the data"))
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        train(cfg)
+
+
 def test_the_tokenizer_that_is_exported_is_the_one_trained_with(tmp_path):
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
