@@ -37,8 +37,8 @@ def fit(cfg: Config, model: ModelConfig) -> Config:
     """
     budget, host_budget = cfg.train.memory_budget, cfg.train.host_memory
     if budget is None:
-        need, free = _host_bytes(cfg, model), available_host_bytes()
-        if need > free:
+        need = _host_bytes(cfg, model)
+        if need and need > (free := available_host_bytes()):
             raise ValueError(
                 f"the plan keeps {need / GIB:.1f} GiB in host memory and "
                 f"{free / GIB:.1f} GiB are free: offload fewer layers or residuals "

@@ -122,6 +122,22 @@ def test_other_errors_pass():
             raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
+def test_a_container_s_limit_counts_but_not_its_cached_files(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    files = {
+        "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   209715200 kB\n",
+        "/sys/fs/cgroup/memory.max": f"{64 * memory.GIB}\n",
+        "/sys/fs/cgroup/memory.current": f"{60 * memory.GIB}\n",
+        "/sys/fs/cgroup/memory.stat": f"anon 1\ninactive_file {50 * memory.GIB}\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name.replace("/", "_")).write_text(text)
+    monkeypatch.setattr(memory, "Path", lambda p: tmp_path / p.replace("/", "_"))
+    assert memory.available_host_bytes() == 54 * memory.GIB
+    (tmp_path / "_sys_fs_cgroup_memory.max").write_text("max\n")
+    assert memory.available_host_bytes() == 200 * memory.GIB
+
+
 def test_available_host_bytes_is_plausible(monkeypatch):
     monkeypatch.undo()
     assert 2**28 < memory.available_host_bytes() < 2**50
