@@ -286,6 +286,8 @@ def test_source_files_and_unknown_fields_survive(tmp_path):
     hf.export_hf(params, cfg, tmp_path / "out", source_dir=source, tokenizer_dir=source)
     names = {p.name for p in (tmp_path / "out").iterdir()}
     copied = (*hf.TOKENIZER_FILES, "generation_config.json")
+    # Without them a tokenizer of words, or one with words added, loads and knows none.
+    assert {"vocab.json", "merges.txt", "added_tokens.json"} <= {*copied}
     assert names == {*copied, "config.json", "model.safetensors"}
     assert all((tmp_path / "out" / n).read_text() == n for n in copied)
     hf.export_hf(params, cfg, tmp_path / "bytes", source_dir=source)

@@ -96,3 +96,20 @@ def test_gelus():
     tanh = x * (1 + jnp.tanh((2 / jnp.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2
     np.testing.assert_allclose(gated("gelu", x, one), erf, atol=1e-5)
     np.testing.assert_allclose(gated("gelu_tanh", x, one), tanh, atol=1e-5)
+
+
+def test_dx_has_the_dtype_of_x_whatever_the_weights():
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (2, 13, 6), jnp.bfloat16)
+    w = [
+        jax.random.normal(k, s)
+        for k, s in zip(keys[1:], ((6, 10), (6, 10), (10, 6)), strict=True)
+    ]
+
+    def twice(x):  # a scan refuses a carry whose gradient has another dtype
+        def body(x, _):
+            return x + swiglu(x, *w, chunk_size=4).astype(x.dtype), None
+
+        return jax.lax.scan(body, x, None, length=2)[0].astype(jnp.float32).sum()
+
+    assert jax.grad(twice)(x).dtype == jnp.bfloat16
