@@ -128,38 +128,44 @@ class Program:
             raise ValueError("not the text of a compiled module: it has no ENTRY")
         name = re.match(r"HloModule ([\w.\-]+)", hlo)
         self.name = name[1] if name else ""
-        self._around: dict[str, tuple[str, ...]] = {}
-        self._endless = 0
         self.by_name = {i.name: i for c in self.computations.values() for i in c}
 
-    @cached_property
+    @property
     def launches(self) -> Counter[str]:
         """Times that each instruction that does work runs in a step.
 
         A loop whose number of iterations XLA does not know counts as one.
         """
+        return self._walked[0]
+
+    @property
+    def endless(self) -> int:
+        """Times that a loop begins whose number of iterations XLA does not know."""
+        return self._walked[2]
+
+    @cached_property
+    def _walked(self) -> tuple[Counter[str], dict[str, tuple[str, ...]], int]:
+        """`launches`, the scopes of the loops around each of them, `endless`."""
         found: Counter[str] = Counter()
+        loops: dict[str, tuple[str, ...]] = {}
+        endless = 0
 
         def walk(computation: str, times: int, around: tuple[str, ...]) -> None:
+            nonlocal endless
             for one in self.computations[computation]:
                 if one.opcode == "while":
                     known = re.search(r'known_trip_count":\{"n":"(\d+)"', one.rest)
                     times_in = times * int(known[1]) if known else times
-                    self._endless += 0 if known else times
+                    endless += 0 if known else times
                     walk(one.called("body"), times_in, (one.scope, *around))
                 elif one.opcode == "call":
                     walk(one.called("to_apply"), times, around)
                 elif not one.is_free:
                     found[one.name] += times
-                    self._around[one.name] = around
+                    loops[one.name] = around
 
         walk(self.entry, 1, ())
-        return found
-
-    @property
-    def endless(self) -> int:
-        """Times that a loop begins whose number of iterations XLA does not know."""
-        return self._endless if self.launches else 0
+        return found, loops, endless
 
     @cached_property
     def costs(self) -> dict[str, Cost]:
@@ -217,7 +223,7 @@ class Program:
         calls = [i for i in inside if i.opcode in ("custom-call", "dot")]
         return row_of(
             scopes=[i.scope for i in [*calls, one, *work]],
-            loops=self._around[one.name],
+            loops=self._walked[1][one.name],
             targets=[i.target or i.opcode for i in calls],
             kernels=[self._kernel(i) for i in calls],
             opcodes={i.opcode for i in work},

@@ -342,8 +342,6 @@ def _load_tokenizer(name: str) -> tuple[Encode, int]:
     eos = tokenizer.eos_token_id
 
     def encode(texts: list[str]) -> list[np.ndarray]:
-        # Half a surrogate pair, as scraped JSON has, is no text to a tokenizer.
-        texts = [text.encode(errors="replace").decode() for text in texts]
         ids = tokenizer(texts, verbose=False)["input_ids"]
         ends = [[eos] if eos is not None and row[-1:] != [eos] else [] for row in ids]
         return [
@@ -354,4 +352,4 @@ def _load_tokenizer(name: str) -> tuple[Encode, int]:
 
 
 def _encode_bytes(texts: list[str]) -> list[np.ndarray]:
-    return [np.frombuffer(text.encode(errors="replace"), np.uint8) for text in texts]
+    return [np.frombuffer(text.encode(), np.uint8) for text in texts]

@@ -174,7 +174,8 @@ def _text(row: Any, text_field: str, where: str) -> str:
         raise ValueError(
             f"{where}: field {text_field!r} is {row[text_field]!r:.40}, not a string"
         )
-    return row[text_field]
+    # Half a surrogate pair, as scraped JSON has, is no text to a tokenizer.
+    return row[text_field].encode(errors="replace").decode()
 
 
 def _read_npy(path: Path) -> Iterator[np.ndarray]:

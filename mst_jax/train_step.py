@@ -168,8 +168,8 @@ def make_gradients(cfg: Config, model: ModelConfig, mesh: Mesh) -> Callable[...,
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
             carry, _ = jax.lax.scan(add, (zero, zero, zeros), batch)
         else:
-            empty = jax.tree.map(lambda p: jax.lax.empty(p.shape, p.dtype), trained)
-            carry = zero, zero, empty
+            # Of the gradients' shapes and dtypes; what is there is not read.
+            carry = zero, zero, trained
             carry, _ = add(carry, jax.tree.map(lambda a: a[0], batch))
         total, count, sums = carry
         if mesh.size > 1:

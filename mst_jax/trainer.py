@@ -93,8 +93,7 @@ class _Run:
         self.model: ModelConfig = model
         cfg = self.cfg = fit(cfg, model)
         check_divisible(self.model, cfg.mesh)
-        shapes = jax.eval_shape(lambda: init_params(self.model, 0))
-        check_frozen(shapes, cfg.optim.freeze)
+        check_frozen(hf.param_shapes(self.model), cfg.optim.freeze)
         make_plan(cfg, self.model)  # refused before any data is read
         implementations(cfg, self.model)
         self.mesh = make_mesh(cfg.mesh)

@@ -59,14 +59,7 @@ def test_help_lists_the_recipes(capsys):
         (["--config", "TINY", "--compile-cache", f"{__file__}/x"], "compile_cache='"),
         (["--config", "TINY", "--train.command-buffers", "all"], "command-buffers"),
         (
-            [
-                "--config",
-                "TINY",
-                "--train.memory-budget",
-                "4GiB",
-                "--train.plan",
-                "full",
-            ],
+            ["--config", "TINY", "--train.memory-budget", "4GiB", "--train.plan=full"],
             "--train.plan is what the planner chooses, within train.memory_budget='4G",
         ),
     ],
